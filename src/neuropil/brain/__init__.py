@@ -1,0 +1,1 @@
+"""Networks for brains, and of brains."""

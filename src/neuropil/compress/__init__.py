@@ -1,0 +1,1 @@
+"""Which neurons can go, and in how few bits?"""

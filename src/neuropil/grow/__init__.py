@@ -1,0 +1,1 @@
+"""More neurons, or another shape."""

@@ -1,0 +1,1 @@
+"""How much data, bias, energy and certainty."""

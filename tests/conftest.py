@@ -1,0 +1,19 @@
+"""Every signature's shapes and types are checked while the tests run (jaxtyping + beartype)."""
+
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+from jaxtyping import install_import_hook
+
+install_import_hook("neuropil", "beartype.beartype")
+
+import pytest
+import torch
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _one_thread_a_worker() -> None:
+    # Two workers with two threads each would fight for two cores.
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        torch.set_num_threads(1)
