@@ -1,0 +1,148 @@
+"""The main job: map every neuron of a model into an atlas, and say what came of it.
+
+```python
+from neuropil.build import build_atlas
+from neuropil.models import load
+
+summary = build_atlas(load("smollm2"), "atlases/smollm2")
+print(summary.neurons, summary.specialised, summary.confirmed)
+```
+
+The work is two groups of columns: `decode` (what each neuron's weights stand for) and `causal` (whether
+clamping the neuron moves the tokens it stands for). Each is computed site by site; a site that is on disk
+already is not computed again, so a stopped run goes on where it was.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from neuropil.atlas import Atlas
+    from neuropil.models import Model
+    from neuropil.neurons import Site
+
+ROLES = ("up", "gate", "down")
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What an atlas holds, in numbers. `None` where the group that would tell was not computed."""
+
+    path: str
+    model: str
+    neurons: int
+    sites: int
+    specialised: int | None
+    confirmed: int | None  # neurons whose clamp moves their own label's tokens, either way
+    promotes: int | None
+    suppresses: int | None
+    confirmed_specialised: int | None  # of the specialised neurons, those confirmed
+    size: int  # bytes on disk
+    seconds: float | None = None  # the time this run took
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def default_path(model: Model) -> Path:
+    """`atlases/<model name>`, the name made fit for a folder."""
+    name = "".join(sign if sign.isalnum() or sign in "-_." else "-" for sign in model.name).strip("-.")
+    return Path("atlases") / (name or "model")
+
+
+def build_atlas(
+    model: Model,
+    path: str | Path,
+    which: Sequence[str] = ROLES,
+    top_k: int = 10,
+    causal: bool = True,
+    prompts: Sequence[str] | None = None,
+    progress: bool = True,
+) -> Summary:
+    """Maps every neuron of `model` into the atlas at `path`, or goes on with one that was begun.
+
+    Args:
+        which: the weights to decode, of "up", "gate" and "down".
+        top_k: tokens kept for each weight.
+        causal: whether to clamp every neuron and measure its effect; by far the longer part.
+        prompts: the texts on which effects are measured; the built-in ones if None.
+
+    Raises:
+        NoNeurons: the model has no MLP.
+        AtlasError: the folder holds an atlas of another model or of other settings.
+        AtlasBusy: another process is writing to it.
+    """
+    from neuropil.interpret.decode import Decoder
+
+    started = time.monotonic()
+    decoder = Decoder(model, which=tuple(which), top_k=top_k)
+    with _opened(Path(path), model) as atlas:
+        atlas.add("decode", decoder.columns, settings=decoder.settings, progress=progress)
+        if causal:
+            columns, settings = _causal(model, Path(path), prompts)
+            atlas.add("causal", columns, settings=settings, progress=progress)
+    return summarise(path, seconds=time.monotonic() - started)
+
+
+def _opened(path: Path, model: Model) -> Atlas:
+    from neuropil.atlas import Atlas
+
+    # Under torchrun every rank comes here; creating an atlas that is there already must not fail.
+    return Atlas.open(path, write=True) if (path / "manifest.json").exists() else Atlas.create(path, model)
+
+
+def _causal(
+    model: Model, path: Path, prompts: Sequence[str] | None
+) -> tuple[Callable[[Site], dict[str, Any]], dict[str, Any]]:
+    import pyarrow.parquet as pq
+
+    from neuropil.interpret.causal import CausalCheck
+
+    check = CausalCheck(model, prompts=list(prompts) if prompts else None)
+
+    def columns(site: Site) -> dict[str, Any]:
+        return check.columns(site, pq.read_table(path / "parts" / "decode" / f"{site.number:05d}.parquet"))
+
+    return columns, check.settings
+
+
+def main_rank() -> bool:
+    """Whether this process speaks for the run: the first of those that torchrun started, or the only one."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def summarise(path: str | Path, seconds: float | None = None) -> Summary:
+    """The numbers of an atlas that is on disk."""
+    from neuropil.atlas import Atlas
+
+    path = Path(path)
+    with Atlas.open(path) as atlas:
+        columns = set(atlas.columns)
+        wanted = ["count(*) AS neurons", "count(DISTINCT site) AS sites"]
+        if "specialised" in columns:
+            wanted.append("count(*) FILTER (specialised) AS specialised")
+        if "verdict" in columns:
+            wanted.append("count(*) FILTER (confirmed) AS confirmed")
+            wanted.append("count(*) FILTER (verdict = 'promotes') AS promotes")
+            wanted.append("count(*) FILTER (verdict = 'suppresses') AS suppresses")
+        if {"specialised", "verdict"} <= columns:
+            wanted.append("count(*) FILTER (confirmed AND specialised) AS confirmed_specialised")
+        counts = atlas.query(f"SELECT {', '.join(wanted)} FROM neurons").to_pylist()[0]
+        model = str(atlas.manifest.get("model", {}).get("name", path.name))
+    size = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
+    optional = ("specialised", "confirmed", "promotes", "suppresses", "confirmed_specialised")
+    return Summary(
+        path=str(path),
+        model=model,
+        neurons=counts["neurons"],
+        sites=counts["sites"],
+        size=size,
+        seconds=seconds,
+        **{name: counts.get(name) for name in optional},
+    )

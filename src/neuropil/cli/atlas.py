@@ -1,0 +1,339 @@
+"""`neuropil atlas`, `find`, `query` and `explore`: make an atlas, and read it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.text import Text
+
+from neuropil.cli import output
+from neuropil.cli.app import AsJson, command, interruptible
+from neuropil.cli.output import Column
+
+if TYPE_CHECKING:
+    from neuropil.build import Summary
+    from neuropil.models import Model
+
+PANEL = "The atlas"
+AtlasPath = Annotated[Path, typer.Argument(metavar="ATLAS", help="The folder of an atlas.")]
+ROLES = ("up", "gate", "down")
+
+
+def roles(text: str) -> tuple[str, ...]:
+    """The weights named in `--weights`, in the library's order.
+
+    >>> roles("down, up")
+    ('up', 'down')
+    """
+    given = {word.strip() for word in text.split(",") if word.strip()}
+    if not given or given - set(ROLES):
+        raise typer.BadParameter(f"got {text!r}; give one or more of up, gate, down, separated by commas.")
+    return tuple(role for role in ROLES if role in given)
+
+
+def read_prompts(path: Path | None) -> list[str] | None:
+    """The prompts of a file, one a line; empty lines are skipped."""
+    if path is None:
+        return None
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError as error:
+        raise typer.BadParameter(f"{path} is not UTF-8 text; save it as UTF-8, one prompt a line.") from error
+    prompts = [line.strip() for line in lines if line.strip()]
+    if not prompts:
+        raise typer.BadParameter(f"{path} holds no prompt; write one a line.")
+    return prompts
+
+
+@command(
+    "atlas",
+    PANEL,
+    "neuropil atlas                                  SmolLM2-135M, into atlases/smollm2",
+    "neuropil atlas ./Llama-3.2-1B --no-causal       the labels alone, in a fraction of the time",
+    "neuropil atlas model.gguf --out maps/model      a GGUF file",
+    "torchrun --nproc-per-node 2 -m neuropil atlas   the layers shared between two processes",
+)
+def atlas(
+    model: Annotated[
+        str, typer.Argument(help="smollm2, a Hugging Face folder or name, or a GGUF file.")
+    ] = "smollm2",
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", "-o", help="The atlas's folder.", show_default="./atlases/<model name>"),
+    ] = None,
+    weights: Annotated[str, typer.Option(help="The weights to decode.")] = "up,gate,down",
+    top: Annotated[int, typer.Option(min=1, max=1000, help="Tokens kept for each weight.")] = 10,
+    causal: Annotated[
+        bool, typer.Option("--causal/--no-causal", help="Clamp every neuron and measure its effect.")
+    ] = True,
+    prompts: Annotated[
+        Path | None,
+        typer.Option(
+            exists=True,
+            dir_okay=False,
+            metavar="FILE",
+            help="Texts to measure effects on, one a line.",
+            show_default="built in",
+        ),
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Map every neuron of MODEL: what it stands for, and whether clamping it bears that out.
+
+    A run that was stopped goes on where it was: give the same command again.
+    """
+    which, texts = roles(weights), read_prompts(prompts)
+    from neuropil.build import build_atlas, default_path, main_rank
+
+    loaded = load_model(model)
+    path = out or default_path(loaded)
+    options = _changed(weights, top, causal, prompts)
+    again = " ".join(["neuropil atlas", quoted(model), "--out", quoted(str(path)), *options])
+    if main_rank():
+        output.note(f"{loaded.name}: {loaded.parameters:,} parameters, {_neurons(loaded)} → {path}")
+    with interruptible(lambda: _stopped(path, again)):
+        summary = build_atlas(loaded, path, which, top, causal, texts, progress=main_rank())
+    if main_rank():
+        output.as_json(summary.to_dict()) if as_json else summarise(summary, model)
+
+
+def _neurons(model: Model) -> str:
+    return f"{output.plural(sum(site.width for site in model.sites), 'neuron')} in {len(model.sites)} sites"
+
+
+def _changed(weights: str, top: int, causal: bool, prompts: Path | None) -> list[str]:
+    """The options that were not left at their defaults, to be given again."""
+    given = [] if weights == "up,gate,down" else ["--weights", quoted(weights)]
+    given += [] if top == 10 else ["--top", str(top)]
+    given += [] if causal else ["--no-causal"]
+    return given + ([] if prompts is None else ["--prompts", quoted(str(prompts))])
+
+
+def load_model(name: str) -> Model:
+    """The model, with a word on stderr while it is read."""
+    from neuropil.models import load
+
+    if not output.errors().is_terminal:
+        return load(name)
+    with output.errors().status(f"loading {output.clean(name)}"):
+        return load(name)
+
+
+def quoted(text: str) -> str:
+    import shlex
+
+    return shlex.quote(text)
+
+
+def _stopped(path: Path, again: str) -> str:
+    """What a Ctrl-C left on disk, and how to go on."""
+    kept = {group.name: len(list(group.glob("*.parquet"))) for group in sorted((path / "parts").glob("*"))}
+    if not any(kept.values()):
+        return f"Stopped before the first layer was finished. To start again:\n  {again}"
+    parts = ", ".join(f"{count} of {name}" for name, count in kept.items() if count)
+    return f"Stopped. {path} keeps every finished layer ({parts}). To go on from there:\n  {again}"
+
+
+def summarise(summary: Summary, model: str) -> None:
+    """The end of `neuropil atlas`: what was found, and what to do with it."""
+    path, count = quoted(summary.path), summary.neurons
+    rows: dict[str, str | Text] = {"neurons mapped": f"{count:,} in {summary.sites} layers"}
+    if summary.specialised is not None:
+        rows["specialised"] = f"{summary.specialised:,}  ({output.share(summary.specialised, count)})"
+    if summary.confirmed is not None:
+        rows["causally confirmed"] = _confirmed(summary)
+    if summary.seconds is not None:
+        rows["time"] = duration(summary.seconds)
+    rows["on disk"] = f"{size(summary.size)} in {summary.path}"
+    output.say()
+    output.say(Text.assemble(("The atlas of ", "bold"), (output.clean(summary.model), "bold cyan")))
+    output.pairs(rows)
+    output.say()
+    output.say("Now try", style="bold")
+    for line in (
+        f"neuropil explore {path}",
+        f"neuropil find {path} dog",
+        f'neuropil query {path} "SELECT neuron, label, specialisation FROM neurons ORDER BY 3 DESC LIMIT 20"',
+    ):
+        output.say(f"  {line}")
+
+
+def _confirmed(summary: Summary) -> str:
+    text = f"{summary.confirmed:,}  ({output.share(summary.confirmed or 0, summary.neurons)}): "
+    text += f"{summary.promotes:,} promote their label, {summary.suppresses:,} suppress it"
+    if summary.specialised and summary.confirmed_specialised is not None:
+        text += f"; {output.share(summary.confirmed_specialised, summary.specialised)} of the specialised"
+    return text
+
+
+def duration(seconds: float) -> str:
+    """
+    >>> duration(3.21), duration(187), duration(7325)
+    ('3.2 s', '3 min 7 s', '2 h 2 min')
+    """
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
+
+
+def size(count: float) -> str:
+    """
+    >>> size(812), size(23_400_000)
+    ('812 B', '23.4 MB')
+    """
+    if count < 1000:
+        return f"{count:.0f} B"
+    for unit in ("kB", "MB", "GB"):
+        count /= 1000
+        if count < 1000:
+            return f"{count:.1f} {unit}"
+    return f"{count / 1000:.1f} TB"
+
+
+@command(
+    "find",
+    PANEL,
+    "neuropil find atlases/smollm2 dog",
+    'neuropil find atlases/smollm2 "capital of France" --limit 5',
+    "neuropil find atlases/smollm2 dog --json | jq -r '.[].neuron'",
+)
+def find(
+    path: AtlasPath,
+    words: Annotated[list[str], typer.Argument(help="What the neurons should stand for.")],
+    limit: Annotated[int, typer.Option("--limit", "-n", min=1, help="Neurons listed.")] = 20,
+    as_json: AsJson = False,
+) -> None:
+    """Find the neurons that stand for WORDS, by token and by meaning."""
+    from neuropil.atlas import Atlas
+
+    with Atlas.open(path) as opened:
+        rows = opened.find(" ".join(words), limit=limit).to_pylist()
+    if as_json:
+        return output.as_json(rows)
+    if not rows:
+        return output.note(f"No neuron of {path} stands for {' '.join(words)!r}. Try a more common word.")
+    shown = [(column, cell) for column, cell, needs in FOUND if needs in rows[0]]
+    output.listing([column for column, _ in shown], [[cell(row) for _, cell in shown] for row in rows])
+    output.hint(f"\nneuropil show {quoted(str(path))} {rows[0]['neuron']}")
+
+
+def effect(row: dict[str, Any]) -> str:
+    """The causal effect with its standard error."""
+    if row.get("effect") is None:
+        return "–"
+    return f"{output.number(row['effect'], signed=True)} ± {output.number(row.get('effect_se'))}"
+
+
+VERDICTS = {"promotes": "green", "suppresses": "red", "no effect": "dim"}
+
+
+def verdict(row: dict[str, Any]) -> Text:
+    said = row.get("verdict") or "–"
+    return Text(said, style=VERDICTS.get(said, ""))
+
+
+FOUND: list[tuple[Column, Any, str]] = [
+    (Column("neuron", style="bold cyan"), lambda row: row["neuron"], "neuron"),
+    (Column("label", style="bold"), lambda row: output.clean(row["label"] or "–"), "label"),
+    (
+        Column("special", justify="right"),
+        lambda row: output.number(row["specialisation"]),
+        "specialisation",
+    ),
+    *(
+        (
+            Column(role, justify="right"),
+            lambda row, name=f"cos_{role}": output.number(row[name], signed=True),
+            f"cos_{role}",
+        )
+        for role in ROLES
+    ),
+    (Column("effect", justify="right"), effect, "effect"),
+    (Column("verdict"), verdict, "verdict"),
+    (Column("reads", give=True), lambda row: reads(row), "up_tokens"),
+]
+
+
+def reads(row: dict[str, Any]) -> str:
+    """The tokens the up-projection points at, on the side on which the label was found."""
+    side = "up_neg_tokens" if (row.get("label_sign") or 1) < 0 and row.get("up_neg_tokens") else "up_tokens"
+    return ("−" if side == "up_neg_tokens" else "+") + " " + output.tokens(row[side], 6)
+
+
+@command(
+    "query",
+    PANEL,
+    'neuropil query atlases/smollm2 "SELECT layer, count(*) FROM neurons WHERE specialised GROUP BY 1"',
+    "neuropil query atlases/smollm2 \"SELECT neuron, effect FROM neurons WHERE label = 'dog'\" --json",
+    "neuropil query atlases/smollm2 --columns",
+)
+def query(
+    path: AtlasPath,
+    sql: Annotated[str | None, typer.Argument(help="DuckDB SQL.", show_default=False)] = None,
+    limit: Annotated[
+        int | None, typer.Option("--limit", "-n", min=0, help="Rows shown.", show_default="all")
+    ] = None,
+    columns: Annotated[bool, typer.Option("--columns", help="List the columns there are, and stop.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Ask the atlas in SQL.
+
+    Its tables: neurons (a row a neuron), sites, vocabulary, and each group of columns (decode, causal).
+    """
+    from neuropil.atlas import Atlas
+
+    if sql is None and not columns:
+        raise typer.BadParameter("give a query, or --columns to see what can be asked for.", param_hint="SQL")
+    with Atlas.open(path) as opened:
+        if columns:
+            rows = [{"column": name, "type": kind} for name, kind in opened.columns.items()]
+            names = ["column", "type"]
+        else:
+            table = opened.query(str(sql), limit=limit)
+            rows, names = table.to_pylist(), table.column_names
+    if as_json:
+        return output.as_json(rows)
+    heads = [
+        Column(output.clean(name), "right" if _numeric(rows, name) else "left", give=_wide(rows, name))
+        for name in names
+    ]
+    output.listing(heads, [[output.cell(row[name]) for name in names] for row in rows])
+    output.hint(f"\n{output.plural(len(rows), 'row')}")
+
+
+def _numeric(rows: list[dict[str, Any]], name: str) -> bool:
+    return all(isinstance(row[name], (int, float, type(None))) for row in rows)
+
+
+def _wide(rows: list[dict[str, Any]], name: str) -> bool:
+    return any(isinstance(row[name], list) or len(str(row[name])) > 28 for row in rows[:100])
+
+
+@command(
+    "explore",
+    PANEL,
+    "neuropil explore atlases/smollm2",
+    "neuropil explore atlases/smollm2 --port 9000 --no-open",
+    "neuropil explore atlases/tuned --model ./tuned    the model the playground runs",
+)
+def explore(
+    path: AtlasPath,
+    host: Annotated[str, typer.Option(help="The address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="The port; 0 takes a free one.")] = 8321,
+    model: Annotated[
+        str | None,
+        typer.Option(help="The model that the playground runs.", show_default="the one that was mapped"),
+    ] = None,
+    open_browser: Annotated[bool, typer.Option("--open/--no-open", help="Open the browser.")] = True,
+) -> None:
+    """Look at the atlas in the browser: a table, a map, a page a neuron, a playground."""
+    from neuropil.atlas import Atlas
+    from neuropil.explorer import serve
+
+    with Atlas.open(path):  # says what is wrong with the folder before a server is started
+        pass
+    with interruptible(lambda: "The explorer is closed."):
+        serve(path, host=host, port=port, model=model, open_browser=open_browser)
