@@ -20,7 +20,6 @@ from __future__ import annotations
 
 import ast
 import difflib
-import json
 import tomllib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -33,6 +32,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from neuropil.errors import NeuropilError
+from neuropil.report import Report
 
 Family = Literal["interpret", "compress", "grow", "layers", "learn", "measure", "brain"]
 Kind = Literal[
@@ -190,8 +190,7 @@ def _verdict(folder: Path | None, slug: str) -> str | None:
     path = folder / f"{slug}.json" if folder else None
     if path is None or not path.is_file():
         return None
-    verdict: str = json.loads(path.read_text(encoding="utf-8"))["verdict"]
-    return verdict
+    return Report.load(path).verdict
 
 
 def _names_defined(source: Path) -> set[str]:
@@ -231,17 +230,16 @@ def _text(entry: Paper) -> str:
 
 
 def _meaning_scores(words: str) -> NDArray[np.float64] | None:
+    """Cosine of every paper with the query; None where the sentence model is not installed."""
     from neuropil import meaning
 
     if not meaning.available():
         return None
-    query = meaning.embed([words])[0]
-    scores: NDArray[np.float64] = (_meanings() @ query).double().numpy()
-    return scores
+    return (_meanings() @ meaning.embed([words])[0]).astype(np.float64)
 
 
 @cache
-def _meanings():  # type: ignore[no-untyped-def]  # a tensor; torch is loaded only when someone searches
+def _meanings() -> NDArray[np.float32]:
     from neuropil import meaning
 
     return meaning.embed([_text(entry) for entry in catalog()])

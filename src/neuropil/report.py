@@ -209,7 +209,7 @@ class Report:
         absent spread as null, so none of them can be taken for a number or for one another.
         """
         data = {"format": FORMAT, "version": VERSION, **asdict(self)}
-        text = json.dumps(_encode(data), sort_keys=True, indent=1, ensure_ascii=False, allow_nan=False)
+        text = json.dumps(encode(data), sort_keys=True, indent=1, ensure_ascii=False, allow_nan=False)
         return text + "\n"
 
     @classmethod
@@ -326,18 +326,19 @@ def _check_same(
             raise ValueError(f"Seed number {number} describes {row} otherwise than the first.")
 
 
-def _encode(value: Any) -> Any:
+def encode(value: Any) -> Any:
     """The value with every float that JSON cannot hold as a string, tuples as lists."""
     if isinstance(value, float) and not math.isfinite(value):
         return "NaN" if math.isnan(value) else ("Infinity" if value > 0 else "-Infinity")
     if isinstance(value, dict):
-        return {str(key): _encode(entry) for key, entry in value.items()}
+        return {str(key): encode(entry) for key, entry in value.items()}
     if isinstance(value, list | tuple):
-        return [_encode(entry) for entry in value]
+        return [encode(entry) for entry in value]
     return value
 
 
-def _float(value: Any) -> float:
+def decode_number(value: Any) -> float:
+    """The float that `encode` wrote; `ReportError` for anything else."""
     if isinstance(value, bool) or (isinstance(value, str) and value not in {"NaN", "Infinity", "-Infinity"}):
         raise ReportError(f"Not a report: {value!r} where a number belongs.")
     return float(value)
@@ -350,7 +351,7 @@ def _report(data: dict[str, Any]) -> Report:
         raise ReportError(f"Not a report: missing or unknown {odd}.")
     try:
         data["rows"] = tuple(_row(entry) for entry in data["rows"])
-        data["seconds"] = _float(data["seconds"])
+        data["seconds"] = decode_number(data["seconds"])
         for name in ("paper_says", "seeds", "notes", "deviations"):
             data[name] = tuple(data[name])
         return Report(**data)
@@ -363,8 +364,8 @@ def _row(entry: dict[str, Any]) -> Row:
     return Row(
         **{
             **entry,
-            "mean": _float(entry["mean"]),
-            "spread": None if spread is None else _float(spread),
-            "values": tuple(_float(value) for value in cast(list[Any], entry["values"])),
+            "mean": decode_number(entry["mean"]),
+            "spread": None if spread is None else decode_number(spread),
+            "values": tuple(decode_number(value) for value in cast(list[Any], entry["values"])),
         }
     )
