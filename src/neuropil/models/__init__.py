@@ -1,0 +1,12 @@
+"""Models: loaded from any of the usual formats, read one tensor at a time.
+
+>>> import torch
+>>> model = load(torch.nn.Sequential(torch.nn.Linear(3, 5), torch.nn.ReLU(), torch.nn.Linear(5, 2)))
+>>> model.parameters, [site.width for site in model.sites]
+(32, [5])
+"""
+
+from neuropil.models.loading import load
+from neuropil.models.model import Head, Model
+
+__all__ = ["Head", "Model", "load"]

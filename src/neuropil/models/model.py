@@ -1,0 +1,276 @@
+"""`Model`: any model seen the same way, its weights read when they are asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from neuropil.errors import ModelError
+from neuropil.models import trace as tracing
+from neuropil.models import vocabulary
+from neuropil.models.skeleton import Reader, quiet, ties
+from neuropil.models.stores import Store
+from neuropil.neurons import Site, find_sites
+
+
+@dataclass(frozen=True)
+class Head:
+    """The output head of a language model: `logits = (gain * normalised x) @ weight.T + bias`.
+
+    `weight` is `[V, d]`, one row a token, without the rows that pad a vocabulary; `gain` `[d]` is what the norm just
+    before it multiplies by (None without such a norm); `note` says what else lies between, "" if nothing does.
+    """
+
+    weight: Float[Tensor, "V d"]
+    gain: Float[Tensor, " d"] | None = None
+    bias: Float[Tensor, " V"] | None = None
+    note: str = ""
+
+
+class Model:
+    """A model whose weights are read one tensor at a time; made by `neuropil.models.load`.
+
+    name, path          what was loaded (path None for a module in memory)
+    config              its transformers config; None for a module without one
+    sites               its layers of neurons (raises NoNeurons when there are none)
+    architecture        name of its class, e.g. "LlamaForCausalLM"
+    parameters          number of parameters, tied ones counted once
+    fingerprint         32 hex digits, see the property
+    """
+
+    def __init__(
+        self,
+        name: str,
+        skeleton: nn.Module,
+        store: Store,
+        reader: Reader | None,
+        *,
+        path: Path | None = None,
+        identity: Any = None,
+        tokenizer: Callable[[], Any],
+        whole: Callable[[Model, torch.dtype], nn.Module],
+    ) -> None:
+        self.name, self.path = name, path
+        self.skeleton, self.store, self.reader = skeleton, store, reader
+        self.config: Any = getattr(skeleton, "config", None)
+        self.architecture = type(skeleton).__name__
+        self._identity, self._tokenizer, self._whole = identity, tokenizer, whole
+        self._ties = ties(skeleton)
+        self._modules: dict[torch.dtype, nn.Module] = {}
+        self._last: tuple[str, Tensor] | None = None
+
+    def __repr__(self) -> str:
+        return f"Model({self.name!r}, {self.architecture}, {self.parameters:,} parameters)"
+
+    @cached_property
+    def sites(self) -> list[Site]:
+        return find_sites(self.skeleton)
+
+    @cached_property
+    def parameters(self) -> int:
+        tied = {name for name in self._ties if self._ties[name] != name}
+        own = {
+            name: p for name, p in self.skeleton.named_parameters(remove_duplicate=False) if name not in tied
+        }
+        return sum(p.numel() for p in own.values())
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """BLAKE2b (128 bits) of the settings in the config and of every stored tensor's name, shape and bytes.
+
+        Up to 1 GiB of weights it covers every byte. Above, it covers 64 pieces of 4 KiB spread evenly over every
+        tensor (small tensors whole), so that training any tensor changes it, while an edit of a few entries of a large
+        tensor may not. It covers no tokenizer and no file names: the same tensors in other shards, or in another
+        folder, give the same fingerprint; the same model stored in another number format gives another.
+        """
+        return self.store.digest(self._identity)
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        """The tokenizer, loaded when first used; None if the model comes without one."""
+        return self._tokenizer()
+
+    def tensor(self, name: str) -> Tensor:
+        """One parameter or buffer in float32, by its name in the module's state dict; read anew at every call."""
+        return self._read(name).to(torch.float32)
+
+    def _read(self, name: str) -> Tensor:
+        sources: Any = self.store.shapes if self.reader is None else self.reader.sources
+        if name not in sources:
+            tied = self._ties.get(name) or next(
+                (k for k, v in self._ties.items() if v == name and k in sources), None
+            )
+            if tied is None or tied not in sources:
+                known = name in self.skeleton.state_dict()
+                raise ModelError(
+                    f"{self.name}: the checkpoint holds no tensor for {name!r}; the file is incomplete, get it again"
+                    if known
+                    else f"{self.name}: {self.architecture} has no tensor {name!r}"
+                )
+            name = tied
+        return self.store.read(name) if self.reader is None else self.reader.read(name)
+
+    def _kept(self, name: str) -> Tensor:
+        """As `tensor`, and kept until the next one: the sites of one fused parameter then read it once."""
+        if self._last is None or self._last[0] != name:
+            self._last = None  # let go of the old one before reading the new
+            self._last = (name, self.tensor(name))
+        return self._last[1]
+
+    def _finite(self, name: str, tensor: Tensor) -> Tensor:
+        if tensor.numel() and not bool(torch.isfinite(torch.stack(torch.aminmax(tensor))).all()):
+            bad = int((~torch.isfinite(tensor)).sum())
+            raise ModelError(
+                f"{self.name}: {bad} entries of {name!r} are NaN or infinite, so its neurons mean nothing; the "
+                "training diverged or the file is damaged: get the checkpoint again"
+            )
+        return tensor
+
+    def rows(self, site: Site, role: str) -> Float[Tensor, "width fan"]:
+        """The vectors by which a site's neurons read ("up", "gate") or write ("down"): one row a neuron, float32.
+
+        Raises ModelError where one is NaN or infinite, KeyError where the site has no such weight.
+        """
+        weight = site.weight(role)
+        shared = sum(weight.name == other.name for other in _weights(site)) > 1 or weight.expert is not None
+        whole = self._kept(weight.name) if shared else self.tensor(weight.name)
+        return self._finite(weight.name, weight.rows(whole, site.width).contiguous())
+
+    def bias(self, site: Site, role: str) -> Float[Tensor, " width"] | None:
+        """The biases that go with `rows(site, role)`; None where there are none."""
+        weight = site.weight(role)
+        if weight.bias is None or role == "down":
+            return None
+        return self._finite(weight.bias, weight.offsets(self.tensor(weight.bias), site.width).contiguous())
+
+    @cached_property
+    def _trace(self) -> tracing.Trace | None:
+        watched = [self._owner(w.name) for site in self.sites for w in site.reads.values()]
+        if (head := self._head_name) is not None:
+            watched.append(head)
+        return tracing.watch(self.skeleton, watched)
+
+    def _owner(self, parameter: str) -> str:
+        """The module that receives the input of a parameter: its owner (for fused experts, their container)."""
+        return parameter.rpartition(".")[0]
+
+    @cached_property
+    def _head_name(self) -> str | None:
+        get: Any = getattr(self.skeleton, "get_output_embeddings", None)
+        head = get() if callable(get) else None
+        if head is None:
+            return None
+        return next((name for name, module in self.skeleton.named_modules() if module is head), None)
+
+    def gain(self, site: Site) -> Float[Tensor, " fan"] | None:
+        """What the norm that feeds the site's reading weights multiplies by; None if no norm feeds them directly."""
+        if self._trace is None:
+            return None
+        source = self._trace.feeds.get(self._owner(next(iter(site.reads.values())).name))
+        return self._gain(source) if source is not None else None
+
+    def _gain(self, name: str) -> Tensor | None:
+        norm = self.skeleton.get_submodule(name)
+        if not tracing.is_norm(norm):
+            return None
+        held = [*norm.named_parameters(), *norm.named_buffers()]
+        weights = {key: self._finite(f"{name}.{key}", self.tensor(f"{name}.{key}")) for key, _ in held}
+        return tracing.measured_gain(norm, weights)
+
+    def head(self) -> Head:
+        """The output head; read anew at every call, so that its memory is the caller's to free.
+
+        Raises ModelError for a model that has none, or whose head does not read the residual stream.
+        """
+        name = self._head_name
+        if name is None:
+            raise ModelError(
+                f"{self.name}: {self.architecture} has no language-model head, so its neurons cannot be read as tokens; "
+                "use a checkpoint of the model with its head (…ForCausalLM or …ForMaskedLM)"
+            )
+        weight = self._finite(f"{name}.weight", self.tensor(f"{name}.weight"))
+        bias = self._head_bias(name)
+        source = self._trace.feeds.get(name) if self._trace is not None else None
+        gain, note = None, ""
+        if source is not None and isinstance(projection := self.skeleton.get_submodule(source), nn.Linear):
+            if projection.bias is None:
+                # logits = W (P x) = (W P) x: the head of the residual stream is W P.
+                weight = weight @ self.tensor(f"{source}.weight")
+                note = f"the projection {source} is multiplied in"
+        elif source is not None:
+            gain = self._gain(source)
+            note = self._between(source)
+        elif self._trace is not None and self._trace.last_norm is not None:
+            gain = self._gain(self._trace.last_norm)
+            note = f"something lies between the norm {self._trace.last_norm} and the head"
+        self._fits(name, weight)
+        rows = min(len(weight), self._vocabulary or len(weight))
+        return Head(weight[:rows], gain, None if bias is None else bias[:rows], note)
+
+    def _head_bias(self, name: str) -> Tensor | None:
+        module: Any = self.skeleton.get_submodule(name)
+        if getattr(module, "bias", None) is None:
+            return None
+        return self._finite(f"{name}.bias", self.tensor(f"{name}.bias"))
+
+    def _between(self, norm: str) -> str:
+        """What a head's norm belongs to when it is part of a transform of its own (masked language models)."""
+        parent = norm.rpartition(".")[0]
+        inside = [m for m in self.skeleton.get_submodule(parent).modules() if isinstance(m, nn.Linear)]
+        if not parent or len(inside) != 1:
+            return ""
+        return f"{parent} (a linear map, a nonlinearity and the norm) lies between the residual stream and the head"
+
+    def _fits(self, name: str, weight: Tensor) -> None:
+        width = getattr(
+            self.config.get_text_config() if self.config is not None else None, "hidden_size", None
+        )
+        if width is not None and weight.shape[1] != width:
+            raise ModelError(
+                f"{self.name}: the head {name!r} reads {weight.shape[1]} numbers but the residual stream has {width}; "
+                f"a nonlinear map lies between, so neurons cannot be compared with tokens in {self.architecture}"
+            )
+
+    @cached_property
+    def _vocabulary(self) -> int:
+        """How many token ids the tokenizer knows; 0 without a tokenizer."""
+        return len(self._texts)
+
+    @cached_property
+    def _texts(self) -> list[str]:
+        return [] if self.tokenizer is None else vocabulary.texts(self.tokenizer)
+
+    def tokens(self) -> list[str]:
+        """The readable text of every token id, leading space kept; as long as `head().weight` where there is a head."""
+        if self.tokenizer is None:
+            raise ModelError(
+                f"{self.name}: no tokenizer came with the model; give one: load(module, tokenizer=...)"
+            )
+        rows = (
+            self.skeleton.get_submodule(self._head_name).weight.shape[0]
+            if self._head_name
+            else len(self._texts)
+        )
+        return self._texts[: int(rows)]  # type: ignore[arg-type]
+
+    def module(self, dtype: torch.dtype = torch.float32) -> nn.Module:
+        """The whole model with its weights, in eval mode; built once for each dtype and kept.
+
+        A GGUF model is dequantised once and kept as plain safetensors in the cache folder, so that the next process
+        loads it at once. A module given to `load` comes back itself, whatever its dtype and mode.
+        """
+        if dtype not in self._modules:
+            with quiet():
+                self._modules[dtype] = self._whole(self, dtype)
+        return self._modules[dtype]
+
+
+def _weights(site: Site) -> list[Any]:
+    return [*site.reads.values(), *([site.write] if site.write is not None else [])]

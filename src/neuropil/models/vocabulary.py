@@ -1,0 +1,66 @@
+"""The readable text of every token of a vocabulary, with its leading space, as `decode` of one token often loses it."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+_BLANK = "\u2581"  # sentencepiece writes a space so
+
+
+@cache
+def byte_of() -> dict[str, int]:
+    """The byte that each character of a byte-level vocabulary stands for.
+
+    Printable bytes of Latin-1 stand for themselves; the others were numbered, in order, from U+0100 on.
+
+    >>> byte_of()["Ġ"], byte_of()["A"]
+    (32, 65)
+    """
+    plain = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    table = {chr(byte): byte for byte in plain}
+    others = [byte for byte in range(256) if byte not in set(plain)]
+    table.update({chr(0x100 + place): byte for place, byte in enumerate(others)})
+    return table
+
+
+def texts(tokenizer: Any) -> list[str]:
+    """The text of ids 0, 1, ... up to the tokenizer's greatest; "" for an id that has none.
+
+    A token that is not whole UTF-8 shows the replacement character for the bytes that stand alone.
+    """
+    vocabulary: dict[str, int] = tokenizer.get_vocab()
+    literal = {str(token) for token in getattr(tokenizer, "added_tokens_encoder", {})}
+    read = _reader(vocabulary)
+    result = [""] * (max(vocabulary.values(), default=-1) + 1)
+    for token, number in vocabulary.items():
+        result[number] = token if token in literal else read(token)
+    return result
+
+
+def _reader(vocabulary: dict[str, int]) -> Any:
+    """How this vocabulary spells its tokens, told from the spellings themselves."""
+    spaced = sum(token.startswith("Ġ") for token in vocabulary)
+    blank = sum(token.startswith(_BLANK) for token in vocabulary)
+    if blank > spaced:
+        return _sentencepiece
+    if spaced and all(byte in vocabulary for byte in list(byte_of())[:64]):
+        return _byte_level
+    return str
+
+
+def _byte_level(token: str) -> str:
+    table = byte_of()
+    try:
+        return bytes(table[character] for character in token).decode("utf-8", errors="replace")
+    except KeyError:  # a token that was added as plain text
+        return token
+
+
+def _sentencepiece(token: str) -> str:
+    if len(token) == 6 and token.startswith("<0x") and token.endswith(">"):
+        try:
+            return bytes([int(token[3:5], 16)]).decode("utf-8", errors="replace")
+        except ValueError:
+            return token
+    return token.replace(_BLANK, " ")
