@@ -2,7 +2,7 @@
 
 A reproduction is a module named after its paper (`neuropil/reproduce/neuron_decoding.py`) that says
 
-- `CLAIM`, `RULE`: the claim, and the rule by which numbers become a verdict, a sentence each, fixed beforehand;
+- `CLAIM`, `RULE`: the claim, and the rule that turns numbers into a verdict; a sentence each, written first;
 - `PAPER_SAYS`: the paper's figures, as strings; `DEVIATIONS`, `NOTES`: optional strings;
 - `SETTINGS`: scale -> dictionary of what changes from scale to scale; `SEEDS`: scale -> tuple of seeds;
 - `measure(scale, seed, progress) -> list[Measurement]`: one seed's numbers;
