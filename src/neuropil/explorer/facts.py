@@ -1,0 +1,312 @@
+"""What the pages ask of the atlas: the table's rows, the map's values, a neuron's neighbours."""
+
+import json
+import struct
+import time
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from neuropil.atlas import Atlas
+from neuropil.errors import NeuropilError, QueryError
+from neuropil.explorer.view import View, is_flag, is_list, is_number, is_text, literal, quoted
+
+FOUND = 300  # neurons that a search gives at most
+CATEGORIES = 8  # a text column with at most so many values can colour the map
+MOST_DOWNLOADED = 5_000_000
+PATIENCE = 10.0  # seconds that a visitor's SQL may take
+
+
+@dataclass(frozen=True)
+class Scale:
+    """How a column's numbers spread: what bars and colours are scaled by."""
+
+    low: float
+    high: float
+    signed: bool
+
+    @property
+    def reach(self) -> float:
+        return max(abs(self.low), abs(self.high)) or 1.0
+
+
+@dataclass(frozen=True)
+class Page:
+    table: pa.Table
+    more: bool
+    seconds: float
+    sql: str
+
+
+@dataclass(frozen=True)
+class LayerShare:
+    layer: int
+    neurons: int
+    specialised: int
+    confirmed: int
+
+
+class Facts:
+    """One atlas, open for reading, shared by the threads that serve the pages."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.atlas = Atlas.open(path)
+        self._scales: dict[str, Scale] = {}
+        self._counts: dict[str, int] = {}
+        self._seen: tuple[float, object] = (-1.0, None)
+
+    def refresh(self) -> None:
+        """Forget what was counted if the atlas has grown since (it is looked at once a second at most)."""
+        now = time.monotonic()
+        if now - self._seen[0] < 1.0:
+            return
+        status = self.atlas.status(verify=False)["groups"]
+        state = {name: (group["parts"], group["bytes"]) for name, group in status.items()}
+        if self._seen[1] not in (None, state):
+            for name, value in vars(type(self)).items():
+                if isinstance(value, cached_property):
+                    vars(self).pop(name, None)
+            self._scales, self._counts = {}, {}
+        self._seen = (now, state)
+
+    @cached_property
+    def columns(self) -> dict[str, str]:
+        return dict(self.atlas.columns)
+
+    @cached_property
+    def sites(self) -> list[Any]:
+        return list(self.atlas.sites)
+
+    def ask(self, sql: str, limit: int | None = None, timeout: float | None = None) -> pa.Table:
+        return self.atlas.query(sql, limit=limit, timeout=timeout)
+
+    def rows(self, sql: str) -> list[dict[str, Any]]:
+        return self.ask(sql).to_pylist()
+
+    def page(self, view: View) -> Page:
+        """The rows that the view shows. Raises QueryError for SQL that does not run."""
+        began = time.perf_counter()
+        sql = view.statement(self.columns, self.found(view.q) if view.q and not view.sql else None)
+        table = self.ask(sql, view.start + view.rows + 1, PATIENCE if view.sql else None).slice(view.start)
+        return Page(table.slice(0, view.rows), table.num_rows > view.rows, time.perf_counter() - began, sql)
+
+    def found(self, words: str) -> list[str]:
+        """The addresses of the neurons that fit the words, best first."""
+        table = self.atlas.find(words, limit=FOUND)
+        return list(dict.fromkeys(table.column("neuron").to_pylist()))
+
+    def count(self, view: View) -> int | None:
+        """How many neurons pass the view's filters; None for a visitor's SQL, which is not run twice."""
+        if view.sql:
+            return None
+        where = view.where(self.found(view.q) if view.q else None)
+        if where not in self._counts:
+            [row] = self.rows(f"SELECT count(*) AS n FROM neurons{where}")
+            self._counts[where] = row["n"]
+        return self._counts[where]
+
+    def everything(self, view: View) -> pa.Table:
+        """All rows of the view, for downloading."""
+        sql = view.statement(self.columns, self.found(view.q) if view.q and not view.sql else None)
+        return self.ask(sql, MOST_DOWNLOADED, 6 * PATIENCE if view.sql else None)
+
+    def scale(self, column: str) -> Scale:
+        if column not in self._scales:
+            q = quoted(column)
+            [row] = self.rows(
+                f"SELECT quantile_cont(v, 0.005) AS low, quantile_cont(v, 0.995) AS high, min(v) AS least "
+                f"FROM (SELECT CAST({q} AS DOUBLE) AS v FROM neurons WHERE {q} IS NOT NULL) WHERE isfinite(v)"
+            )
+            low, high = row["low"] or 0.0, row["high"] or 0.0
+            self._scales[column] = Scale(low, high, (row["least"] or 0.0) < 0)
+        return self._scales[column]
+
+    def signed(self, column: str) -> bool:
+        return is_number(self.columns.get(column, "")) and self.scale(column).signed
+
+    @cached_property
+    def total(self) -> int:
+        return sum(int(site.width) for site in self.sites)
+
+    @cached_property
+    def verdicts(self) -> dict[str, int]:
+        if "verdict" not in self.columns:
+            return {}
+        rows = self.rows("SELECT verdict, count(*) AS n FROM neurons GROUP BY ALL ORDER BY n DESC")
+        return {row["verdict"]: row["n"] for row in rows if row["verdict"] is not None}
+
+    @cached_property
+    def layers(self) -> list[LayerShare]:
+        def share(name: str) -> str:
+            return f"count(*) FILTER ({name})" if name in self.columns else "0"
+
+        rows = self.rows(
+            f"SELECT layer, count(*) AS neurons, {share('specialised')} AS specialised, "
+            f"{share('confirmed')} AS confirmed FROM neurons GROUP BY layer ORDER BY layer"
+        )
+        return [LayerShare(**row) for row in rows]
+
+    @cached_property
+    def colourable(self) -> dict[str, str]:
+        """Columns that can colour the map -> "number", "flag" or "category"."""
+        kinds = {}
+        for name, kind in self.columns.items():
+            if name in {"site", "index", "layer"} or name.endswith("label_token"):
+                continue
+            if is_flag(kind):
+                kinds[name] = "flag"
+            elif is_number(kind):
+                kinds[name] = "number"
+            elif is_text(kind) and name in {"verdict", "label_from"}:
+                kinds[name] = "category"
+        return kinds
+
+    def categories(self, column: str) -> list[str]:
+        q = quoted(column)
+        rows = self.rows(f"SELECT DISTINCT {q} AS v FROM neurons WHERE {q} IS NOT NULL ORDER BY v")
+        names = [row["v"] for row in rows]
+        known = [v for v in ("promotes", "suppresses", "no effect") if v in names]
+        return (known + [v for v in names if v not in known])[:CATEGORIES]
+
+    def map(self, column: str) -> bytes:
+        """The map's values: `u32 length of head | head (JSON) | float32 a neuron, site after site`.
+
+        Missing values are NaN; a category is the position of its name in the head's list.
+        """
+        kind = self.colourable.get(column)
+        if kind is None:
+            raise QueryError(f"{column!r} cannot colour the map; expected one of {list(self.colourable)}")
+        q, names = quoted(column), []
+        value = f"CAST({q} AS FLOAT)"
+        if kind == "category":
+            names = self.categories(column)
+            value = f"CAST(list_position([{', '.join(map(literal, names))}], {q}) AS FLOAT) - 1"
+        table = self.ask(f'SELECT site, "index" AS i, {value} AS v FROM neurons')
+        starts = np.zeros(max(s.number for s in self.sites) + 1, dtype=np.int64)
+        starts[[s.number for s in self.sites]] = np.cumsum([0, *(s.width for s in self.sites)])[:-1]
+        values = np.full(self.total, np.nan, dtype="<f4")
+        where = starts[table.column("site").to_numpy()] + table.column("i").to_numpy()
+        values[where] = table.column("v").cast(pa.float32()).to_numpy(zero_copy_only=False)
+        scale = self.scale(column) if kind == "number" else Scale(0, 1, False)
+        head = json.dumps(
+            {
+                "column": column,
+                "kind": "signed" if kind == "number" and scale.signed else kind,
+                "low": scale.low,
+                "high": scale.high,
+                "categories": names,
+                "sites": [
+                    {"number": s.number, "layer": s.layer, "width": s.width, "name": s.name} for s in self.sites
+                ],
+            }
+        ).encode()
+        head += b" " * (-len(head) % 4)
+        return struct.pack("<I", len(head)) + head + values.tobytes()
+
+    def labels(self) -> list[list[str]]:
+        """A word for every neuron, site by site: its label, or else its first token."""
+        first = "up_tokens[1]" if "up_tokens" in self.columns else "''"
+        label = f"coalesce(nullif(label, ''), {first}, '')" if "label" in self.columns else first
+        table = self.ask(f'SELECT site, "index" AS i, {label} AS w FROM neurons ORDER BY site, i')
+        words: dict[int, list[str]] = {s.number: [""] * s.width for s in self.sites}
+        for site, i, word in zip(*(table.column(c).to_pylist() for c in ("site", "i", "w")), strict=True):
+            words[site][i] = word
+        return [words[s.number] for s in self.sites]
+
+    def neuron(self, address: str) -> dict[str, Any]:
+        return self.atlas.neuron(address)
+
+    def brief(self, addresses: list[str]) -> dict[str, dict[str, Any]]:
+        """Label, verdict and first tokens of some neurons, by address."""
+        names = [c for c in ("label", "verdict", "effect", "up_tokens", "clamp_value") if c in self.columns]
+        if not addresses:
+            return {}
+        rows = self.rows(
+            f"SELECT {', '.join(['neuron', *map(quoted, names)])} FROM neurons "
+            f"WHERE neuron IN ({', '.join(map(literal, addresses))})"
+        )
+        return {row["neuron"]: row for row in rows}
+
+    def alike_by_tokens(self, address: str, limit: int = 12) -> list[tuple[str, float]]:
+        """Neurons whose top tokens overlap most with this one's: Jaccard index of the two sets."""
+        lists = [c for c in ("up_token_ids", "up_neg_token_ids") if c in self.columns]
+        if not lists:
+            return []
+        own = self.neuron(address)
+        mine = sorted({int(t) for c in lists for t in own[c] or []})
+        if not mine:
+            return []
+        ids = "list_concat(" + ", ".join(lists) + ")" if len(lists) > 1 else lists[0]
+        rows = self.rows(
+            f"WITH t AS (SELECT neuron, list_distinct({ids}) AS ids FROM neurons), "
+            f"n AS (SELECT neuron, len(ids) AS size, len(list_intersect(ids, {mine})) AS both FROM t) "
+            f"SELECT neuron, both / ({len(mine)} + size - both) AS s FROM n "
+            f"WHERE both > 0 AND neuron <> {literal(address)} ORDER BY s DESC, neuron LIMIT {limit}"
+        )
+        return [(row["neuron"], row["s"]) for row in rows]
+
+    def alike_by_rows(
+        self, address: str, role: str, model: Any, everywhere: bool, limit: int = 12
+    ) -> list[tuple[str, float]]:
+        """Neurons whose weight rows point the same way (or the opposite): cosine, by size."""
+        import torch
+
+        number, index = (int(x) for x in address.split(":"))
+        sites = {s.number: s for s in model.sites}
+        if number not in sites or role not in sites[number].roles:
+            raise NeuropilError(f"site {number} has no {role!r} weight")
+        own = model.rows(sites[number], role)[index]
+        own = own / own.norm().clamp_min(1e-12)
+        best: list[tuple[str, float]] = []
+        for site in sites.values() if everywhere else [sites[number]]:
+            if role not in site.roles:
+                continue
+            rows = model.rows(site, role)
+            if rows.shape[1] != own.shape[0]:
+                continue
+            cos = (rows @ own) / rows.norm(dim=1).clamp_min(1e-12)
+            if site.number == number:
+                cos[index] = 0
+            top = cos.abs().topk(min(limit, site.width)).indices
+            best += zip((f"{site.number}:{i}" for i in top.tolist()), cos[top].tolist(), strict=True)
+            with torch.no_grad():
+                del rows
+        return sorted(best, key=lambda pair: -abs(pair[1]))[:limit]
+
+    def offered(self, words: str, limit: int = 10) -> list[dict[str, Any]]:
+        """Neurons for the playground: those found by words, or else those with the largest confirmed effect."""
+        if words:
+            found = self.found(words)[:limit]
+            known = self.brief(found)
+            return [known[a] for a in found if a in known]
+        if "effect" in self.columns:
+            order = "WHERE confirmed AND NOT coalesce(hub, false) ORDER BY abs(effect) DESC"
+        elif "specialisation" in self.columns:
+            order = "ORDER BY specialisation DESC"
+        else:
+            order = ""
+        first = [r["neuron"] for r in self.rows(f"SELECT neuron FROM neurons {order} LIMIT {limit}")]
+        known = self.brief(first)
+        return [known[a] for a in first if a in known]
+
+    def download(self, view: View, kind: str) -> tuple[bytes, str]:
+        """The view's rows as a CSV or Parquet file, and its media type."""
+        import pyarrow.csv
+        import pyarrow.parquet
+
+        table, sink = self.everything(view), pa.BufferOutputStream()
+        if kind == "parquet":
+            pyarrow.parquet.write_table(table, sink)
+            return sink.getvalue().to_pybytes(), "application/vnd.apache.parquet"
+        for i, field in enumerate(table.schema):
+            if is_list(str(field.type)) or pa.types.is_nested(field.type):
+                cells = [None if v is None else json.dumps(v, ensure_ascii=False, default=str)
+                         for v in table.column(i).to_pylist()]  # fmt: skip
+                table = table.set_column(i, field.name, pa.array(cells, pa.string()))
+        pyarrow.csv.write_csv(table, sink)
+        return sink.getvalue().to_pybytes(), "text/csv; charset=utf-8"

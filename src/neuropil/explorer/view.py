@@ -1,0 +1,169 @@
+"""What the table shows. All of it stands in the URL, and the same URL always shows the same thing."""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from urllib.parse import urlencode
+
+PAGE = 60  # rows fetched at a time
+MOST_ROWS = 600  # rows kept in one page before a new page begins: more make a browser slow
+FLAGS = ("specialised", "hub", "confirmed")
+DEFAULT_COLUMNS = (
+    "neuron label verdict effect cos_up cos_gate cos_down specialisation up_tokens down_tokens".split()
+)
+
+
+def quoted(name: str) -> str:
+    """A column's name as SQL.
+
+    >>> quoted('in"dex')
+    '"in""dex"'
+    """
+    return '"' + name.replace('"', '""') + '"'
+
+
+def literal(text: str) -> str:
+    """A text as SQL.
+
+    >>> literal("it's")
+    "'it''s'"
+    """
+    return "'" + text.replace("'", "''").replace("\x00", "") + "'"
+
+
+def is_list(kind: str) -> bool:
+    kind = kind.lower()
+    return kind.endswith("[]") or kind.startswith(("list", "large_list"))
+
+
+def is_text(kind: str) -> bool:
+    return not is_list(kind) and kind.lower().startswith(("varchar", "string", "large_string", "utf8"))
+
+
+def is_flag(kind: str) -> bool:
+    return kind.lower().startswith("bool")
+
+
+def is_number(kind: str) -> bool:
+    kind = kind.lower()
+    starts = ("float", "double", "half", "real", "decimal", "int", "uint", "tiny", "small", "big", "huge", "u")
+    return not is_list(kind) and kind.startswith(starts) and not is_text(kind)
+
+
+@dataclass(frozen=True)
+class View:
+    """One state of the table, read from a query string and written back to one."""
+
+    q: str = ""
+    layer: str = ""
+    verdict: str = ""
+    label: str = ""
+    specialised: str = ""
+    hub: str = ""
+    confirmed: str = ""
+    sort: str = ""
+    cols: tuple[str, ...] = ()
+    start: int = 0
+    rows: int = PAGE
+    sql: str = ""
+
+    @classmethod
+    def read(cls, query: Mapping[str, str], columns: Mapping[str, str]) -> "View":
+        """Read a state, dropping whatever this atlas does not know.
+
+        >>> View.read({"layer": "3-5", "sort": "-nope", "rows": "x"}, {"layer": "INTEGER"}).url("/")
+        '/?layer=3-5'
+        """
+        sql = query.get("sql", "").strip()
+        sort = query.get("sort", "")
+        if not sql and sort.lstrip("-") not in columns:
+            sort = ""
+        flags = {f: query.get(f, "") if query.get(f) in {"yes", "no"} and f in columns else "" for f in FLAGS}
+        layer = re.sub(r"\s+", "", query.get("layer", ""))
+        return cls(
+            q=query.get("q", "").strip()[:400],
+            layer=layer if re.fullmatch(r"\d+(-\d+)?", layer) else "",
+            verdict=query.get("verdict", "") if "verdict" in columns else "",
+            label=query.get("label", "").strip()[:200] if "label" in columns else "",
+            sort=sort,
+            cols=tuple(c for c in query.get("cols", "").split(",") if c in columns),
+            start=_whole(query.get("start"), 0, 10**9, 0),
+            rows=_whole(query.get("rows"), 1, MOST_ROWS, PAGE),
+            sql=sql,
+            **flags,
+        )
+
+    def url(self, path: str = "/", **changes: object) -> str:
+        """The address of this state with some things changed; defaults are left out."""
+        state = replace(self, **changes)  # type: ignore[arg-type]
+        pairs = []
+        for name, default in vars(View()).items():
+            value = getattr(state, name)
+            if value != default:
+                pairs.append((name, ",".join(value) if isinstance(value, tuple) else str(value)))
+        return path + ("?" + urlencode(pairs) if pairs else "")
+
+    def reset(self) -> "View":
+        """From the top again: what a new filter or order asks for."""
+        return replace(self, start=0, rows=PAGE)
+
+    def chosen(self, columns: Mapping[str, str]) -> list[str]:
+        """The columns to show, the neuron's address always first."""
+        names = list(self.cols) or [c for c in DEFAULT_COLUMNS if c in columns]
+        return ["neuron", *(c for c in names if c != "neuron")]
+
+    @property
+    def filtered(self) -> bool:
+        return any((self.q, self.layer, self.verdict, self.label, self.specialised, self.hub, self.confirmed))
+
+    def where(self, found: list[str] | None) -> str:
+        """The WHERE clause of the filters; `found` are the addresses that the search gave."""
+        terms = []
+        if self.layer:
+            low, _, high = self.layer.partition("-")
+            terms.append(f"layer BETWEEN {int(low)} AND {int(high or low)}" if high else f"layer = {int(low)}")
+        if self.verdict == "unmeasured":
+            terms.append("verdict IS NULL")
+        elif self.verdict:
+            terms.append(f"verdict = {literal(self.verdict)}")
+        if self.label:
+            terms.append(f"contains(lower(label), {literal(self.label.lower())})")
+        terms += [
+            f"{name} IS {'' if value == 'yes' else 'NOT '}TRUE"
+            for name in FLAGS
+            if (value := getattr(self, name))
+        ]
+        if found is not None:
+            terms.append(f"neuron IN ({', '.join(map(literal, found)) or 'NULL'})")
+        return "\nWHERE " + "\n  AND ".join(terms) if terms else ""
+
+    def statement(self, columns: Mapping[str, str], found: list[str] | None = None) -> str:
+        """The whole question as SQL, without the paging: it can be read, edited and run again."""
+        if self.sql:
+            sql = self.sql.rstrip().rstrip(";")
+            if not self.sort:
+                return sql
+            return f"SELECT * FROM (\n{sql}\n) AS q\nORDER BY {self._order(self.sort)}"
+        names = ", ".join(map(quoted, self.chosen(columns)))
+        order = "site, " + quoted("index")
+        if self.sort:
+            order = self._order(self.sort) + ", " + order
+        elif found:
+            order = f"list_position([{', '.join(map(literal, found))}], neuron)"
+        return f"SELECT {names}\nFROM neurons{self.where(found)}\nORDER BY {order}"
+
+    @staticmethod
+    def _order(sort: str) -> str:
+        return quoted(sort.lstrip("-")) + (" DESC NULLS LAST" if sort.startswith("-") else " NULLS LAST")
+
+    def sort_link(self, column: str) -> str:
+        """What pressing a column's head leads to: largest first, then smallest first, then as it was."""
+        following = {"-" + column: column, column: ""}.get(self.sort, "-" + column)
+        return self.reset().url("/sql" if self.sql else "/", sort=following)
+
+    def aria_sort(self, column: str) -> str:
+        return {"-" + column: "descending", column: "ascending"}.get(self.sort, "none")
+
+
+def _whole(text: str | None, low: int, high: int, default: int) -> int:
+    return min(max(int(text), low), high) if text and re.fullmatch(r"\d{1,9}", text) else default

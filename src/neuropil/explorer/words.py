@@ -1,0 +1,218 @@
+"""What the numbers of one neuron say, in plain words, and where its bars go."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+ROLES = {
+    "up": ("reads", "up-projection row: what it looks for in the stream"),
+    "gate": ("opens on", "gate row: what lets it through"),
+    "down": ("writes", "down-projection column: what it adds to the stream"),
+}
+
+
+def number(value: Any, digits: int = 3) -> str:
+    """A number as people read it: three significant digits, a true minus, no exponents when avoidable.
+
+    >>> number(-0.12345), number(46080), number(None), number(3.0)
+    ('−0.123', '46,080', '–', '3.00')
+    """
+    if value is None or (isinstance(value, float) and math.isnan(value)):
+        return "–"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, int):
+        return f"{value:,}".replace("-", "−")
+    if math.isinf(value):
+        return "∞" if value > 0 else "−∞"
+    size = abs(value)
+    if size == 0:
+        return "0"
+    if size < 1e-3 or size >= 1e6:
+        return f"{value:.{digits - 1}e}".replace("-", "−")
+    decimals = max(0, digits - 1 - math.floor(math.log10(size)))
+    return f"{value:,.{decimals}f}".replace("-", "−")
+
+
+def shown(token: Any) -> str:
+    """A token with what the eye would miss made visible: spaces, tabs, line ends, control characters.
+
+    >>> shown(" dog"), shown("a\\n"), shown(""), shown("\\x07")
+    ('␣dog', 'a↵', '∅', '\\\\x07')
+    """
+    text = str(token)
+    if not text:
+        return "∅"
+    marks = {" ": "␣", "\n": "↵", "\t": "⇥", "\r": "␍", "\u00a0": "⍽"}
+    return "".join(marks.get(c, c if c.isprintable() else _escaped(c)) for c in text)
+
+
+def _escaped(c: str) -> str:
+    return f"\\x{ord(c):02x}" if ord(c) < 256 else f"\\u{ord(c):04x}"
+
+
+@dataclass(frozen=True)
+class Verdict:
+    kind: str  # "promotes" | "suppresses" | "no effect" | "unmeasured"
+    head: str
+    body: str
+
+
+def _close(a: float, b: float) -> str:
+    return f"{number(a)} ± {number(b)}"
+
+
+def verdict(row: Mapping[str, Any]) -> Verdict:
+    """The causal check in a sentence or two, with the trap named where the neuron is one.
+
+    >>> verdict({"label": "dog", "verdict": None}).kind
+    'unmeasured'
+    """
+    word, said = row.get("label") or "", row.get("verdict")
+    name = f"“{shown(word)}”" if word else "its top token"
+    if said is None:
+        return Verdict("unmeasured", "Not checked causally", "No clamp has been measured for this neuron, so "
+                       "its label says only what its weights point at, not what it does.")
+    effect, error = row.get("effect"), row.get("effect_se")
+    control, spread = row.get("control"), row.get("control_se")
+    measured = ""
+    if effect is not None and error is not None:
+        measured = f"Clamped up against clamped down, {name} moves by {_close(effect, error)} logits"
+        if control is not None and spread is not None:
+            measured += f"; matched random tokens by {_close(control, spread)}"
+        measured += "."
+    if said == "promotes":
+        return Verdict(said, f"Promotes {name}", f"Turned up, it makes {name} more likely. {measured}")
+    if said == "suppresses":
+        return Verdict(
+            said, f"Suppresses {name}",
+            f"Its weights point at {name}, yet turned up it makes {name} less likely: it suppresses what its "
+            f"weights point at. {measured}",
+        )
+    return Verdict("no effect", f"No effect on {name}",
+                   f"Its weights point at {name}, but clamping it moves {name} no more than chance. {measured}")
+
+
+def signs(row: Mapping[str, Any]) -> str:
+    """What the three cosines' signs say of the neuron's way of working, by the product rule.
+
+    >>> signs({"cos_up": -.46, "cos_gate": .27, "cos_down": .33, "label": "dog"})
+    'Reads against “dog” and writes towards it: where the word is present, its output turns negative and so takes the word away.'
+    """  # noqa: E501
+    up, down = row.get("cos_up"), row.get("cos_down")
+    if up is None or down is None:
+        return ""
+    name = f"“{shown(row['label'])}”" if row.get("label") else "its top token"
+    read = "towards" if up >= 0 else "against"
+    write = "towards" if down >= 0 else "against"
+    if up * down >= 0:
+        end = "where the word is present, its output adds more of it"
+    else:
+        sign = "turns negative and so" if up < 0 else "is positive and so"
+        end = f"where the word is present, its output {sign} takes the word away"
+    return f"Reads {read} {name} and writes {write} it: {end}."
+
+
+@dataclass(frozen=True)
+class Bar:
+    token: str
+    score: float
+    share: float  # of the widest bar, 0..1
+
+
+@dataclass(frozen=True)
+class Panel:
+    role: str
+    verb: str
+    note: str
+    label: str
+    towards: list[Bar]
+    against: list[Bar]
+    tick: float | None  # where the null's 99th percentile lies, as a share
+    percentile: float | None
+    norm: float | None
+    hubs: int | None
+
+
+def panels(row: Mapping[str, Any], null99: float | None) -> list[Panel]:
+    """The token lists of every weight that was decoded, all on one scale so that they can be compared."""
+    roles = [r for r in ROLES if row.get(f"{r}_tokens") is not None]
+    every = [abs(s) for r in roles for side in ("", "_neg") for s in row.get(f"{r}{side}_scores") or []]
+    widest = max(every, default=0.0) or 1.0
+    made = []
+    for role in roles:
+        sides = [
+            [
+                Bar(shown(t), s, abs(s) / widest)
+                for t, s in zip(row.get(f"{role}{side}_tokens") or [], row.get(f"{role}{side}_scores") or [],
+                                strict=False)
+            ]
+            for side in ("", "_neg")
+        ]
+        made.append(
+            Panel(
+                role, *ROLES[role], row.get(f"{role}_label") or "", *sides,
+                tick=null99 / widest if null99 and null99 < widest else None,
+                percentile=row.get(f"{role}_null"), norm=row.get(f"{role}_norm"),
+                hubs=row.get(f"{role}_hub_tokens"),
+            )
+        )
+    return made
+
+
+def null99(row: Mapping[str, Any]) -> float | None:
+    """The null's 99th percentile of the best cosine, recovered from the specialisation score."""
+    score = row.get("specialisation")
+    best = [
+        abs(s[0]) for side in ("", "_neg") if (s := row.get(f"{row.get('label_from') or 'up'}{side}_scores"))
+    ]
+    return max(best) / score if score and best else None
+
+
+@dataclass(frozen=True)
+class Mark:
+    """A measured value with its 95 % interval, placed on an axis from 0 to 100."""
+
+    name: str
+    value: float
+    error: float | None
+    at: float
+    low: float
+    high: float
+    kind: str
+
+
+@dataclass(frozen=True)
+class Axis:
+    marks: list[Mark]
+    zero: float
+    ticks: list[tuple[float, str]]
+
+
+def axis(named: list[tuple[str, float | None, float | None, str]]) -> Axis | None:
+    """Place values and errors on one axis that holds zero and them all."""
+    known = [(n, float(v), e, k) for n, v, e, k in named if v is not None and math.isfinite(v)]
+    if not known:
+        return None
+    ends = [v + s * 1.96 * (e or 0.0) for _, v, e, _ in known for s in (-1, 1)]
+    low, high = min(0.0, *ends), max(0.0, *ends)
+    pad = 0.08 * ((high - low) or 1.0)
+    low, high = low - pad, high + pad
+
+    def place(x: float) -> float:
+        return round(100 * (x - low) / (high - low), 3)
+
+    marks = [
+        Mark(n, v, e, place(v), place(v - 1.96 * (e or 0)), place(v + 1.96 * (e or 0)), k)
+        for n, v, e, k in known
+    ]
+    step = _step((high - low) / 5)
+    first = math.ceil(low / step)
+    ticks = [(place(i * step), number(round(i * step, 10))) for i in range(first, math.floor(high / step) + 1)]
+    return Axis(marks, place(0.0), ticks)
+
+
+def _step(rough: float) -> float:
+    scale = 10.0 ** math.floor(math.log10(rough))
+    return next(m * scale for m in (1, 2, 5, 10) if m * scale >= rough * 0.999)
