@@ -27,18 +27,20 @@ nonlinearity, and writes through a column of another:
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from neuropil._taps import tapped
+from neuropil._trace import Formula
 from neuropil.errors import NoNeurons, UnknownNeuron
 
-__all__ = ["Neuron", "Site", "Tap", "Weight", "capture", "clamp", "find_sites"]
+__all__ = ["Neuron", "Site", "Tap", "Weight", "activation", "capture", "capture_inputs", "clamp", "find_sites"]
 
 
 @dataclass(frozen=True)
@@ -88,17 +90,22 @@ class Weight:
 
 @dataclass(frozen=True)
 class Tap:
-    """Where a tensor of activations passes: the input or the output of a module, neurons along `axis`.
+    """Where a tensor of activations passes, neurons along `axis`.
 
-    `start` and `step` pick the site's neurons where the tensor is a fused one.
+    It is the "input" or "output" of `module`, or the "argument" or "result" of the matrix product with `parameter`
+    where no module holds that product alone (experts fused in one parameter): then `expert` and `offset` (the
+    first entry of the expert's matrix in the parameter) tell which product. `start` and `step` pick the site's
+    neurons where the tensor is a fused one.
     """
 
     module: str
-    side: str = "input"  # "input" | "output"
+    side: str = "input"
     axis: int = -1
     start: int = 0
     step: int = 1
     expert: int | None = None
+    parameter: str = ""
+    offset: int = 0
 
 
 @dataclass(frozen=True)
@@ -107,7 +114,8 @@ class Site:
 
     `reads` maps a role ("up", and "gate" in gated layers) to the weight by whose rows the neurons read; `write` is the
     weight by whose columns they write, None where no single linear map reads the activation. `tap` is where the
-    activation `h` passes, `up_tap` where the output of the up-projection does.
+    activation `h` passes, `taps[role]` where the output of a reading weight does. `number` is the site's place among
+    the model's sites, `layer` that of the block it sits in; they are equal in a plain decoder.
     """
 
     name: str
@@ -118,8 +126,9 @@ class Site:
     reads: dict[str, Weight] = field(hash=False)
     write: Weight | None
     tap: Tap
-    up_tap: Tap
+    taps: dict[str, Tap] = field(hash=False)
     activation: str | None = None
+    formula: Formula | None = field(default=None, hash=False, compare=False, repr=False)
 
     def weight(self, role: str) -> Weight:
         """The weight of a role: "up", "gate" or "down"; KeyError where the site has none."""
@@ -206,58 +215,139 @@ def capture(model: nn.Module, sites: Iterable[Site] | None = None) -> Iterator[d
     """See the activations `h` of the last forward pass: site name -> `[..., width]`.
 
     Feature maps keep their shape, `[batch, width, height, width]`. For an expert the rows are the tokens that were
-    routed to it, and an expert that got no token in the last forward pass has no entry. Nested in a `clamp`,
+    routed to it, and an expert that got no token in the last forward pass has no entry. Entered inside a `clamp`,
     it sees the clamped values.
+
+    >>> net = nn.Sequential(nn.Linear(3, 5), nn.ReLU(), nn.Linear(5, 2))
+    >>> with capture(net) as seen:
+    ...     out = net(torch.ones(4, 3))
+    >>> {name: tuple(h.shape) for name, h in seen.items()}
+    {'0': (4, 5)}
     """
     seen: dict[str, Tensor] = {}
-    with ExitStack() as stack:
-        for site in find_sites(model) if sites is None else sites:
 
-            def look(h: Tensor, name: str = site.name) -> Tensor | None:
-                seen[name] = h.detach()
-                return None
+    def look(name: str) -> Callable[[Tensor], None]:
+        return lambda h: seen.__setitem__(name, h.detach())
 
-            stack.enter_context(_tapped(model, site.tap, site.width, look))
-        yield seen
+    chosen = find_sites(model) if sites is None else list(sites)
+    fresh = model.register_forward_pre_hook(lambda *_: seen.clear())
+    try:
+        with tapped(model, [(s.tap, s.width, look(s.name)) for s in chosen]):
+            yield seen
+    finally:
+        fresh.remove()
 
 
 @contextmanager
 def clamp(
-    model: nn.Module, values: Mapping[Neuron | str, float | Tensor], where: str = "hidden"
+    model: nn.Module, values: Mapping[Any, float | Tensor], where: str = "hidden"
 ) -> Iterator[nn.Module]:
     """Hold neurons at constants, at every position of every forward pass (so in generation, with its cache, too).
 
-    `where="hidden"` sets the activation `h` that the down-projection reads; `where="up"` sets the output of the
-    up-projection, so that a closed gate still closes. A value is a number, a tensor `[batch]` (one number a row of
-    the batch) or a tensor of the shape of the activation without its neuron axis. The model is as before afterwards,
-    also after an exception. Raises UnknownNeuron, or ValueError for another `where`.
+    `values` maps neurons or their addresses to what they are held at: a number, a tensor `[batch]` (one number a row
+    of the batch), or a tensor of the shape of the activation without its neuron axis. `where="hidden"` sets the
+    activation `h` that the down-projection reads; `where="up"` sets the output of the up-projection, so that a closed
+    gate still closes. For an expert it applies to the tokens that are routed to it, by one number. The model is as
+    before afterwards, also after an exception. Raises UnknownNeuron, or ValueError for another `where`.
+
+    >>> net = nn.Sequential(nn.Linear(3, 5), nn.ReLU(), nn.Linear(5, 2))
+    >>> x = torch.ones(4, 3)
+    >>> with clamp(net, {"0:1": 0.0}):
+    ...     silenced = net(x)
+    >>> with torch.no_grad():
+    ...     _ = net[2].weight[:, 1].zero_()
+    >>> torch.allclose(silenced, net(x))
+    True
     """
     if where not in ("hidden", "up"):
         raise ValueError(f"where={where!r}: expected 'hidden' (input of the down-projection) or 'up'")
-    sites = {site.name: site for site in find_sites(model)}
-    wanted: dict[str, dict[int, float | Tensor]] = {}
+    sites = find_sites(model)
+    held: dict[int, dict[int, float | Tensor]] = {}
     for address, value in values.items():
-        neuron = Neuron.parse(address, list(sites.values()))
-        wanted.setdefault(neuron.site, {})[neuron.index] = value
-    with ExitStack() as stack:
-        for name, held in wanted.items():
-            site = sites[name]
-            tap = site.tap if where == "hidden" else site.up_tap
+        neuron = Neuron.parse(address, sites)
+        held.setdefault(neuron.number, {})[neuron.index] = value
 
-            def hold(h: Tensor, held: dict[int, float | Tensor] = held, axis: int = tap.axis) -> Tensor:
-                h = h.clone()
-                for index, value in held.items():
-                    target = h.select(axis, index)
-                    target.copy_(_spread(value, target))
-                return h
+    def hold(site: Site, tap: Tap) -> tuple[Tap, int, Callable[[Tensor], Tensor]]:
+        def act(h: Tensor) -> Tensor:
+            h = h.clone()
+            for index, value in held[site.number].items():
+                target = h.select(tap.axis, index)
+                target.copy_(_spread(value, target, site))
+            return h
 
-            stack.enter_context(_tapped(model, tap, site.width, hold))
+        return tap, site.width, act
+
+    chosen = [sites[number] for number in held]
+    with tapped(model, [hold(s, s.tap if where == "hidden" else s.taps["up"]) for s in chosen]):
         yield model
 
 
-def _spread(value: float | Tensor, target: Tensor) -> Tensor:
+def activation(
+    site: Site, inputs: Mapping[str, Tensor], tensor: Callable[[str], Tensor]
+) -> Tensor:
+    """The activation `h` of a site, recomputed from the weights the site says its neurons read.
+
+    `inputs` maps each reading role to what its weight was multiplied with, `[..., fan]` (`capture_inputs` sees it), and
+    `tensor` gives a parameter or buffer by name. With `capture` this checks that a site reads what it claims.
+
+    >>> net = nn.Sequential(nn.Linear(3, 5), nn.ReLU(), nn.Linear(5, 2))
+    >>> [site] = find_sites(net)
+    >>> x = torch.ones(4, 3)
+    >>> torch.equal(activation(site, {"up": x}, net.state_dict().__getitem__), net[:2](x))
+    True
+    """
+    if site.formula is None:
+        raise NoNeurons(f"site {site.name}: how its activation follows from its projections is not known")
+    projections = {}
+    for role, weight in site.reads.items():
+        x = inputs[role]
+        rows = weight.rows(tensor(weight.name), site.width)
+        bias = weight.offsets(tensor(weight.bias), site.width) if weight.bias else None
+        settings = site.formula.convolutions.get(role)
+        if settings is None:
+            projections[role] = torch.nn.functional.linear(x, rows, bias)
+        else:
+            kernel = rows.unflatten(1, tensor(weight.name).shape[1:])
+            projections[role] = torch.convolution(x, kernel, bias, *settings[:6])
+    return site.formula(projections, tensor)
+
+
+@contextmanager
+def capture_inputs(model: nn.Module, sites: Iterable[Site] | None = None) -> Iterator[dict[str, dict[str, Tensor]]]:
+    """See what the neurons of each site read in the last forward pass: site name -> role -> input.
+
+    >>> net = nn.Sequential(nn.Linear(3, 5), nn.ReLU(), nn.Linear(5, 2))
+    >>> with capture_inputs(net) as read:
+    ...     out = net(torch.ones(4, 3))
+    >>> read["0"]["up"].shape
+    torch.Size([4, 3])
+    """
+    read: dict[str, dict[str, Tensor]] = {}
+
+    def look(name: str, role: str) -> Callable[[Tensor], None]:
+        return lambda x: read.setdefault(name, {}).__setitem__(role, x.detach())
+
+    taps = []
+    for site in find_sites(model) if sites is None else sites:
+        for role, tap in site.taps.items():
+            side = "argument" if tap.parameter else "input"
+            # Whole input of the product, whatever the site's own part of its output is.
+            taps.append((replace(tap, side=side, start=0, step=1), 0, look(site.name, role)))
+    fresh = model.register_forward_pre_hook(lambda *_: read.clear())
+    try:
+        with tapped(model, taps):
+            yield read
+    finally:
+        fresh.remove()
+
+
+def _spread(value: float | Tensor, target: Tensor, site: Site) -> Tensor:
     """A clamp's value in the shape of the activations it replaces."""
     value = torch.as_tensor(value, dtype=target.dtype, device=target.device)
+    if value.dim() == 1 and value.shape[0] > 1 and site.kind == "expert":
+        raise ValueError(
+            f"a clamp of one value a row does not fit the expert {site.name}: it sees tokens, not rows; give one number"
+        )
     if value.dim() == 1 and target.dim() > 0:
         rows = value.shape[0]
         if target.shape[0] % rows:
@@ -266,43 +356,3 @@ def _spread(value: float | Tensor, target: Tensor) -> Tensor:
         value = value.repeat_interleave(target.shape[0] // rows)
         value = value.reshape(-1, *[1] * (target.dim() - 1))
     return value.expand_as(target)
-
-
-@contextmanager
-def _tapped(model: nn.Module, tap: Tap, width: int, act: Any) -> Iterator[None]:
-    """Pass the tensor at `tap` through `act`, which returns its replacement or None to leave it."""
-    module = model.get_submodule(tap.module)
-
-    def own(whole: Tensor) -> Tensor:
-        return whole.narrow(tap.axis, tap.start, tap.step * (width - 1) + 1)[
-            (..., slice(None, None, tap.step)) + (slice(None),) * (-1 - tap.axis)
-        ]
-
-    def apply(whole: Tensor) -> Tensor | None:
-        if tap.start == 0 and tap.step == 1 and whole.shape[tap.axis] == width:
-            return act(whole)
-        changed = act(own(whole))
-        if changed is None:
-            return None
-        whole = whole.clone()
-        own(whole).copy_(changed)
-        return whole
-
-    def before(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
-        changed = apply(args[0])
-        return None if changed is None else (changed, *args[1:])
-
-    def after(_: nn.Module, __: Any, out: Any) -> Any:
-        first = out[0] if isinstance(out, tuple) else out
-        changed = apply(first)
-        return None if changed is None else ((changed, *out[1:]) if isinstance(out, tuple) else changed)
-
-    handle: Any
-    if tap.side == "input":
-        handle = module.register_forward_pre_hook(before)
-    else:
-        handle = module.register_forward_hook(after)
-    try:
-        yield
-    finally:
-        handle.remove()

@@ -1,0 +1,507 @@
+"""Follow a forward pass without computing it, to see which weights feed which nonlinearity and who reads the result.
+
+A probe runs a module on tensors of the meta device (shapes without values) or, where the code branches on values,
+on zero pages that take no memory. Every operation below autograd is seen. Each activation carries *streams*: the
+linear maps it stems from, and for each of its entries which output of that map it is. So a slice, a stride, a chunk or
+a reshape of fused projections needs no rule of its own: the same views are applied to the numbers of the outputs.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+aten = torch.ops.aten
+
+# Operations that only move entries about, so that applying them to index tensors is exact.
+_MOVES = {
+    "view", "_unsafe_view", "reshape", "_reshape_alias", "t", "transpose", "permute", "expand", "unsqueeze", "squeeze",
+    "slice", "select", "split", "split_with_sizes", "chunk", "unbind", "narrow", "unfold", "repeat", "flatten",
+    "unflatten", "roll", "flip", "constant_pad_nd", "movedim",
+}  # fmt: skip
+_SAME = {"clone", "_to_copy", "contiguous", "detach", "alias", "lift_fresh", "native_dropout", "copy_", "_conj"}
+_LINEAR = {"add", "sub", "rsub", "neg", "mul", "div", "add_", "sub_", "mul_", "div_", "neg_", "where", "masked_fill"}
+_NORMS = {"native_layer_norm", "native_group_norm", "native_batch_norm", "_native_batch_norm_legit_no_training",
+          "_native_batch_norm_legit", "_fused_rms_norm", "_native_batch_norm_legit_functional", "batch_norm",
+          "_batch_norm_no_update", "cudnn_batch_norm", "_batch_norm_with_update", "rms_norm"}  # fmt: skip
+_REDUCE = {"mean", "sum", "amax", "amin", "var", "var_mean", "std", "linalg_vector_norm", "norm"}
+_POOLS = {"max_pool2d_with_indices", "avg_pool2d", "_adaptive_avg_pool2d", "adaptive_max_pool2d", "max_pool2d",
+          "upsample_nearest2d", "upsample_bilinear2d", "avg_pool1d", "adaptive_avg_pool1d", "mkldnn_max_pool2d"}  # fmt: skip
+_MATMUL = {"mm": (0, 1), "addmm": (1, 2), "bmm": (0, 1), "baddbmm": (1, 2), "_grouped_mm": (0, 1), "mv": (1, 0),
+           "grouped_mm_fallback": (0, 1), "_addmm_activation": (1, 2), "_int_mm": (0, 1), "linear": (0, 1)}  # fmt: skip
+_CONVS = {"convolution", "_convolution", "mkldnn_convolution", "convolution_overrideable"}
+
+
+@dataclass(eq=False)
+class Stream:
+    """One linear map's outputs inside an activation."""
+
+    op: int  # number of the weight operation it stems from
+    index: Tensor  # same shape as the activation: which output of the map each entry is
+    nonlinear: bool = False
+    gate: bool = False
+
+
+@dataclass
+class Value:
+    """What is known of one tensor of the forward pass."""
+
+    streams: list[Stream] = field(default_factory=list)
+    foreign: bool = False  # also depends on something that is no linear map's output (the residual, attention)
+    scale: bool = False  # one number for many neurons (the root mean square of a norm)
+    node: int = -1
+
+
+@dataclass
+class View:
+    """Which part of which parameter a linear map used: geometry of a strided view."""
+
+    name: str
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    offset: int
+
+
+@dataclass
+class WeightOp:
+    """A linear map as it was applied: its weight, what it read, and in which module."""
+
+    kind: str  # "linear" | "conv"
+    weight: View
+    weight_first: bool
+    read: Value
+    module: str
+    out_features: int
+    rank: int  # of the activation
+    settings: tuple[Any, ...] = ()  # of a convolution
+    groups: int = 1
+    to_nonlinear: bool = False
+    activation: list[str] = field(default_factory=list)
+
+
+@dataclass
+class Step:
+    """One operation of the nonlinearity, kept so that it can be replayed on recomputed projections."""
+
+    func: Any
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    moves: bool = False
+
+
+@dataclass(frozen=True)
+class Ref:
+    """In a step's arguments: the output of another node, a constant, or a parameter."""
+
+    node: int
+    item: int | None = None
+
+
+@dataclass(frozen=True)
+class Parameter:
+    name: str
+
+
+class Trace(TorchDispatchMode):
+    """Records weight operations while active."""
+
+    def __init__(self, parameters: dict[str, Tensor], adapters: set[str], device: str) -> None:
+        super().__init__()
+        self.names = {p.untyped_storage()._cdata: n for n, p in reversed(parameters.items())}
+        self.parameters = parameters
+        self.adapters = adapters
+        self.device = device
+        self.values: dict[int, Value] = {}
+        self.alive: list[Any] = []
+        self.ops: list[WeightOp] = []
+        self.steps: dict[int, Step | int] = {}
+        self.stack: list[str] = []
+        self.ran: set[str] = set()
+        self.inputs: dict[str, tuple[Value, int, int]] = {}
+        self.outputs: dict[str, tuple[Value, int, int]] = {}
+        self.nodes = 0
+        self.op_nodes: list[int] = []
+        self.by_node: dict[int, Value] = {}
+
+    # -- values
+
+    def value(self, tensor: Any) -> Value:
+        found = self.values.get(id(tensor))
+        return Value() if found is None else found
+
+    def mark(self, tensor: Tensor, value: Value) -> None:
+        if value.node < 0:
+            value.node = self.nodes
+            self.nodes += 1
+        self.values[id(tensor)] = value
+        self.by_node[value.node] = value
+        self.alive.append(tensor)
+
+    def parameter(self, tensor: Tensor) -> str | None:
+        return self.names.get(tensor.untyped_storage()._cdata)
+
+    # -- dispatch
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if self.device == "meta" and isinstance(kwargs.get("device"), torch.device):
+            # Tensors the forward makes for itself must not mix devices with the probe's.
+            kwargs = {**kwargs, "device": torch.device("meta")}
+        out = func(*args, **kwargs)
+        name = func.__name__.split(".")[0] if hasattr(func, "__name__") else str(func)
+        self.follow(func, name, args, kwargs, out)
+        return out
+
+    def follow(self, func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
+        tensors = [a for a in _flat((args, kwargs)) if isinstance(a, Tensor)]
+        values = [self.value(t) for t in tensors]
+        outs = [o for o in _flat(out) if isinstance(o, Tensor)]
+        if not outs:
+            return
+        if (name in _MATMUL or name in _CONVS) and self.weight_op(name, args, outs[0]):
+            return
+        live = [v for v in values if v.streams]
+        foreign = any(v.foreign for v in values)
+        if not live:
+            scale = name not in _MATMUL and any(v.scale for v in values)
+            if foreign or scale:
+                for o in outs:
+                    self.mark(o, Value(foreign=foreign, scale=scale))
+            return
+        if name in _MOVES:
+            self.move(func, args, kwargs, out, self.value(args[0]))
+        elif name in _SAME:
+            source = self.value(args[1] if name == "copy_" else args[0])
+            self.mark(outs[0], Value(_copy(source.streams), source.foreign, source.scale))
+            self.steps[self.values[id(outs[0])].node] = source.node
+        elif name in _NORMS and self.value(args[0]).streams:
+            source = self.value(args[0])
+            self.mark(outs[0], Value(_copy(source.streams), source.foreign))
+            self.keep(func, args, kwargs, outs[0], item=0)
+        elif name in _REDUCE and len(tensors) == 1:
+            self.reduce(func, name, args, kwargs, outs)
+        elif name in _POOLS:
+            self.pool(func, args, kwargs, outs[0])
+        elif torch.Tag.pointwise in func.tags or name in _LINEAR or name in ("softplus", "glu"):
+            if name == "glu":
+                return self.opaque(outs)
+            self.pointwise(func, name, args, kwargs, tensors, values, outs[0])
+        else:
+            self.opaque(outs)
+
+    def opaque(self, outs: list[Tensor]) -> None:
+        for o in outs:
+            self.mark(o, Value(foreign=True))
+
+    def keep(self, func: Any, args: Any, kwargs: Any, out: Tensor, item: int | None = None) -> None:
+        """Remember an operation for replay."""
+
+        def ref(a: Any) -> Any:
+            if isinstance(a, Tensor):
+                name = self.parameter(a)
+                if name is not None:
+                    return Parameter(name)
+                value = self.values.get(id(a))
+                return Ref(value.node) if value is not None and value.node >= 0 else (a if a.numel() < 65 else None)
+            if isinstance(a, list | tuple):
+                return type(a)(ref(b) for b in a)
+            return a
+
+        step = Step(func, ref(tuple(args)), {k: ref(v) for k, v in kwargs.items()}, item is not None)
+        self.steps[self.values[id(out)].node] = step
+
+    def move(self, func: Any, args: Any, kwargs: Any, out: Any, source: Value) -> None:
+        def moved(stream: Stream) -> list[Tensor]:
+            try:
+                result = func(stream.index, *args[1:], **kwargs)
+            except RuntimeError:  # a view that the expanded index does not allow
+                result = func(stream.index.contiguous(), *args[1:], **kwargs)
+            return [o for o in _flat(result) if isinstance(o, Tensor)]
+
+        outs = [o for o in _flat(out) if isinstance(o, Tensor)]
+        indices = [moved(s) for s in source.streams]
+        for k, o in enumerate(outs):
+            streams = [Stream(s.op, i[k], s.nonlinear, s.gate) for s, i in zip(source.streams, indices, strict=True)]
+            self.mark(o, Value(streams, source.foreign, source.scale))
+            self.steps[self.values[id(o)].node] = source.node
+
+    def reduce(self, func: Any, name: str, args: Any, kwargs: Any, outs: list[Tensor]) -> None:
+        source = self.value(args[0])
+        dims = args[2] if name in ("linalg_vector_norm", "norm") and len(args) > 2 else (args[1] if len(args) > 1 else None)
+        if name in ("linalg_vector_norm", "norm") and len(args) <= 2:
+            dims = kwargs.get("dim")
+        keep = outs[0].dim() == args[0].dim()
+        dims = [dims] if isinstance(dims, int) else dims
+        streams: list[Stream] | None = []
+        for s in source.streams:
+            if not dims or any(not _constant(s.index, d) for d in dims):
+                streams = None
+                break
+            index = s.index.amin(dim=tuple(dims), keepdim=keep)
+            assert streams is not None
+            streams.append(Stream(s.op, index, s.nonlinear or name != "mean", s.gate))
+        for o in outs:
+            # A sum over neurons is one number for all of them; a mean over places is still each neuron's own.
+            self.mark(o, Value(foreign=source.foreign, scale=True) if streams is None else Value(_copy(streams), source.foreign))
+            self.keep(func, args, kwargs, o)
+
+    def pool(self, func: Any, args: Any, kwargs: Any, out: Tensor) -> None:
+        source = self.value(args[0])
+        rest = out.dim() - 2
+        streams = []
+        for s in source.streams:
+            if s.index.dim() != out.dim() or s.index.shape[1] != out.shape[1]:
+                return self.opaque([out])
+            corner = s.index[(slice(None), slice(None)) + (slice(0, 1),) * rest]
+            streams.append(Stream(s.op, corner.expand(out.shape), s.nonlinear, s.gate))
+        self.mark(out, Value(streams, source.foreign))
+        self.keep(func, args, kwargs, out, item=0)
+
+    def pointwise(self, func: Any, name: str, args: Any, kwargs: Any, tensors: list[Tensor], values: list[Value], out: Tensor) -> None:
+        linear = name in _LINEAR
+        merged: list[Stream] = []
+        groups: list[list[Stream]] = []
+        foreign = False
+        for t, v in zip(tensors, values, strict=True):
+            one_for_all = v.scale or (not v.streams and (t.dim() == 0 or t.shape[-1] == 1) and out.shape[-1] > 1)
+            foreign |= v.foreign and not (one_for_all and name.startswith(("mul", "div")))
+            if v.streams and not v.scale:
+                groups.append([Stream(s.op, s.index.expand(out.shape) if s.index.dim() <= out.dim() else s.index,
+                                      s.nonlinear, s.gate) for s in v.streams])  # fmt: skip
+        product = name in ("mul", "mul_") and len(groups) == 2 and not _same(groups[0], groups[1])
+        if product:
+            a, b = groups
+            gate = a if any(s.nonlinear for s in a) or not any(s.nonlinear for s in b) else b
+            # A bilinear product alone is no nonlinearity of a neuron; a gate that went through one is.
+            for s in gate:
+                s.gate = True
+            bent = any(s.nonlinear for s in a + b)
+            for s in a + b:
+                s.nonlinear = s.nonlinear or bent
+        elif not linear or (name in ("mul", "mul_") and len(groups) == 2):
+            straight = [s for g in groups for s in g if not s.nonlinear]
+            for s in [s for g in groups for s in g]:
+                self.ops[s.op].to_nonlinear |= s in straight and len(straight) <= 2
+                s.nonlinear = True
+                self.ops[s.op].activation.append(name.rstrip("_"))
+        for s in [s for g in groups for s in g]:
+            twin = next((m for m in merged if m.op == s.op and torch.equal(m.index, s.index)), None)
+            if twin is None:
+                merged.append(s)
+            else:
+                twin.nonlinear |= s.nonlinear
+                twin.gate |= s.gate
+        if len(merged) > 8:  # a residual stream that many layers wrote to
+            merged, foreign = [s for s in merged if not s.nonlinear], True
+            merged = [] if len(merged) > 8 else merged
+        self.mark(out, Value(merged, foreign, scale=not merged and any(v.scale for v in values) and not foreign))
+        self.keep(func, args, kwargs, out)
+
+    # -- linear maps
+
+    def weight_op(self, name: str, args: tuple[Any, ...], out: Tensor) -> bool:
+        conv = name in _CONVS
+        x_at, w_at = (0, 1) if conv else _MATMUL[name]
+        x, w = args[x_at], args[w_at]
+        first = False
+        if self.parameter(w) is None:
+            x, w, first = w, x, True
+        param = self.parameter(w)
+        if conv and first or param is None or self.parameter(x) is not None:
+            return False
+        module = self.stack[-1] if self.stack else ""
+        if param in self.adapters:
+            self.mark(out, Value())
+            return True
+        groups = args[8] if conv and name == "convolution" else 1
+        transposed = bool(args[6]) if conv and name == "convolution" else False
+        axis = 1 if conv else (-2 if first else -1)
+        if conv and (transposed or (w.dim() != 4 and groups > 1)):
+            self.mark(out, Value(foreign=True))
+            return True
+        settings = tuple(args[3:]) if conv else ()
+        view = View(param, tuple(w.shape), tuple(w.stride()), w.storage_offset())
+        op = WeightOp("conv" if conv else "linear", view, first, self.value(x), module, out.shape[axis], x.dim(), settings, groups)
+        self.ops.append(op)
+        shape = [1] * out.dim()
+        shape[axis] = -1
+        index = torch.arange(out.shape[axis]).view(shape).expand(out.shape)
+        self.mark(out, Value([Stream(len(self.ops) - 1, index)]))
+        self.op_nodes.append(self.values[id(out)].node)
+        return True
+
+    # -- modules
+
+    def enter(self, name: str, args: tuple[Any, ...]) -> None:
+        self.stack.append(name)
+        self.ran.add(name)
+        tensor = next((a for a in args[:1] if isinstance(a, Tensor)), None)
+        if tensor is not None:
+            self.inputs[name] = (self.value(tensor), tensor.dim(), len(self.ops))
+
+    def leave(self, name: str, out: Any) -> None:
+        self.stack.pop()
+        tensor = next((a for a in _flat(out) if isinstance(a, Tensor)), None)
+        if tensor is not None:
+            self.outputs[name] = (self.value(tensor), tensor.dim(), len(self.ops))
+
+
+def _flat(tree: Any) -> list[Any]:
+    if isinstance(tree, list | tuple):
+        return [leaf for branch in tree for leaf in _flat(branch)]
+    if isinstance(tree, dict):
+        return _flat(list(tree.values()))
+    return [tree]
+
+
+def _copy(streams: list[Stream]) -> list[Stream]:
+    return [Stream(s.op, s.index, s.nonlinear, s.gate) for s in streams]
+
+
+def _constant(index: Tensor, dim: int) -> bool:
+    return torch.equal(index.amin(dim), index.amax(dim))
+
+
+def _same(a: list[Stream], b: list[Stream]) -> bool:
+    return len(a) == len(b) and all(x.op == y.op and torch.equal(x.index, y.index) for x, y in zip(a, b, strict=True))
+
+
+def stand_ins(module: nn.Module, device: str) -> dict[str, Tensor]:
+    """Parameters and buffers of the module's shapes that hold nothing.
+
+    On the CPU they are pages the operating system has not filled yet: they read as zeros and take no memory.
+    """
+
+    def empty(t: Tensor) -> Tensor:
+        if device == "meta":
+            return torch.empty_like(t, device="meta", memory_format=torch.contiguous_format)
+        dtype = t.dtype if t.dtype in (torch.int64, torch.int32, torch.bool, torch.uint8) else torch.float32
+        kind = {torch.int64: np.int64, torch.int32: np.int32, torch.bool: np.bool_, torch.uint8: np.uint8}
+        return torch.from_numpy(np.zeros(tuple(t.shape), kind.get(dtype, np.float32)))
+
+    tensors = {n: empty(p.detach()) for n, p in module.named_parameters()}
+    for n, b in module.named_buffers():
+        tensors[n] = b.detach().float() if device == "cpu" and b.device.type == "cpu" and b.is_floating_point() else (
+            b if device == "cpu" and b.device.type == "cpu" else empty(b))
+    return tensors
+
+
+def trace(module: nn.Module, inputs: dict[str, Any] | tuple[Any, ...], device: str, adapters: set[str]) -> Trace:
+    """Run the module's forward on stand-ins and return what was seen; the module is left as it was."""
+    tensors = stand_ins(module, device)
+    seen = Trace(tensors, adapters, device)
+    handles = []
+    for name, child in module.named_modules():
+        handles.append(child.register_forward_pre_hook(lambda _, a, name=name: seen.enter(name, a)))
+        handles.append(child.register_forward_hook(lambda _, a, o, name=name: seen.leave(name, o)))
+    positional = inputs if isinstance(inputs, tuple) else ()
+    named = inputs if isinstance(inputs, dict) else {}
+    for t in (*positional, *named.values()):
+        if isinstance(t, Tensor):
+            seen.mark(t, Value(foreign=True))
+    try:
+        with torch.no_grad(), seen:
+            torch.func.functional_call(module, tensors, positional, named)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return seen
+
+
+@dataclass(frozen=True)
+class Formula:
+    """The nonlinearity between a site's projections and its activation, as the model's own operations.
+
+    Views are left out, so that it applies to projections of any leading shape; slices of a fused projection are
+    replaced by the role they pick.
+    """
+
+    steps: dict[int, Step | int]
+    root: int
+    leaves: dict[int, str]  # node -> role
+    slices: dict[str, tuple[int, int, int, int]]  # role -> (outputs of the map, start, step, width)
+    convolutions: dict[str, tuple[Any, ...]]  # role -> settings of its convolution
+    prefix: str = ""
+
+    @classmethod
+    def of(cls, seen: Trace, root: int, roles: dict[str, tuple[int, int, int, int]]) -> Formula:
+        """Cut the steps that lead from the projections of `roles` to `root` out of a trace."""
+        leaves: dict[int, str] = {}
+        steps: dict[int, Step | int] = {}
+        wanted = [root]
+        while wanted:
+            node = wanted.pop()
+            if node in steps or node in leaves:
+                continue
+            role = cls._role(seen, node, roles)
+            if role is not None:
+                leaves[node] = role
+            if node in seen.steps:
+                step = seen.steps[node]
+                steps[node] = step
+                wanted += [step] if isinstance(step, int) else [r.node for r in _flat((step.args, step.kwargs)) if isinstance(r, Ref)]
+        slices = {r: (seen.ops[op].out_features, start, by, width) for r, (op, start, by, width) in roles.items()}
+        settings = {r: seen.ops[op].settings for r, (op, *_) in roles.items() if seen.ops[op].kind == "conv"}
+        return cls(steps, root, leaves, slices, settings)
+
+    @staticmethod
+    def _role(seen: Trace, node: int, roles: dict[str, tuple[int, int, int, int]]) -> str | None:
+        """The role whose slice this node is, if it is one stream of exactly that slice."""
+        value = seen.by_node.get(node)
+        if value is None or len(value.streams) != 1:
+            return None
+        stream = value.streams[0]
+        for role, (op, start, _, width) in roles.items():
+            if stream.op == op and int(stream.index.min()) == start and stream.index.unique().numel() == width:
+                return role
+        return None
+
+    def moved(self, name: str) -> Formula:
+        """The same formula for a module that lies at `name` in the model."""
+        return Formula(self.steps, self.root, self.leaves, self.slices, self.convolutions,
+                       f"{name}.{self.prefix}" if self.prefix else f"{name}.")  # fmt: skip
+
+    def __call__(self, projections: dict[str, Tensor], tensor: Any) -> Tensor:
+        """The activation for projections `[..., width]`; `tensor(name)` gives a parameter or buffer."""
+        done: dict[tuple[int, str | None], Any] = {}
+
+        def run(node: int, role: str | None) -> Any:
+            role = self.leaves.get(node, role)
+            if (node, role) not in done:
+                done[node, role] = compute(node, role)
+            return done[node, role]
+
+        def compute(node: int, role: str | None) -> Any:
+            if node not in self.steps:
+                if role is None:
+                    raise KeyError(f"node {node} of the formula is no projection of the site")
+                return projections[role]
+            step = self.steps[node]
+            if isinstance(step, int):
+                return run(step, role)
+
+            def resolve(a: Any) -> Any:
+                if isinstance(a, Ref):
+                    return run(a.node, role)
+                if isinstance(a, Parameter):
+                    return own(tensor(self.prefix + a.name), role)
+                if isinstance(a, list | tuple):
+                    return type(a)(resolve(b) for b in a)
+                return a
+
+            out = step.func(*resolve(step.args), **{k: resolve(v) for k, v in step.kwargs.items()})
+            return out[0] if isinstance(out, list | tuple) else out
+
+        def own(p: Tensor, role: str | None) -> Tensor:
+            if role is None or p.dim() == 0:
+                return p
+            outputs, start, by, width = self.slices[role]
+            fused = outputs != width and p.shape[-1] == outputs
+            return p[..., start : start + by * (width - 1) + 1 : by] if fused else p
+
+        return run(self.root, None)
