@@ -3,7 +3,8 @@
     tiny_atlas(path, sites=3, width=16, causal=True) -> path
 
 The values are random (from a seed) but of the real types and lengths. A few neurons are planted:
-`0:0` has label "dog" and suppresses it, `1:1` has "dogs" in a list only, `2:2` (if there is a third site) "puppy".
+`0:0` has label "dog" and suppresses it, `1:1` has " dogs" in `down_tokens`, `2:2` (if there is a third site)
+has label "puppy".
 """
 
 from __future__ import annotations
@@ -19,11 +20,11 @@ import torch
 from neuropil.atlas import Atlas
 from neuropil.neurons import Site, find_sites
 
-WORDS = (
+WORDS = str.split(
     "dog dogs Dog cat cats water river money bank Paris France London England run running runs king queen "
     "red green blue music song tree forest sun moon star war peace doctor hospital school teacher book read "
     "computer phone table chair house door window bread cheese apple puppy horse bird fish sea ship"
-).split()
+)
 TOKENS = [*WORDS, *(" " + w for w in WORDS), "ing", ",", ".", "\n", "<|end|>", "é", "日"]
 TYPES = {
     "label_tokens": pa.list_(pa.int32()),

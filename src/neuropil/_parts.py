@@ -1,8 +1,8 @@
 """One part of an atlas: the columns that one group says of the neurons of one site, as one Parquet file.
 
-A part is whole or absent: it is written under a temporary name in its own folder, brought to the disk, and renamed.
-Its Parquet metadata say what it belongs to (`Stamp`), its pages carry checksums, and it holds nothing that differs
-between two runs of the same computation, such as a time.
+A part is whole or absent: it is written under a temporary name in its own folder, brought to the disk, and
+renamed. Its Parquet metadata say what it belongs to (`Stamp`), its pages carry checksums, and it holds
+nothing that differs between two runs of the same computation, such as a time.
 """
 
 from __future__ import annotations
@@ -50,15 +50,15 @@ class Stamp:
         """What in `metadata` is not this stamp's, in words; empty if they agree."""
         found = metadata or {}
         return "; ".join(
-            f"its {key.decode().removeprefix('neuropil.')} is {found.get(key, b'missing').decode(errors='replace')!r}"
-            f", not {value.decode()!r}"
+            f"its {key.decode().removeprefix('neuropil.')} is "
+            f"{found.get(key, b'missing').decode(errors='replace')!r}, not {value.decode()!r}"
             for key, value in self.metadata().items()
             if found.get(key) != value
         )
 
 
 def digest(settings: Mapping[str, Any]) -> str:
-    """A short hash of settings, the same for the same values in any order. Raises AtlasError if they are not JSON."""
+    """A short hash of settings, whatever their order. Raises AtlasError if they are not JSON."""
     try:
         text = json.dumps(settings, sort_keys=True, separators=(",", ":"))
     except (TypeError, ValueError) as bad:
@@ -89,7 +89,7 @@ def _plain(value: Any) -> Any:
 
 
 def column(values: Any, type: pa.DataType | None = None) -> pa.Array:
-    """A tensor, array or list as one Arrow column; a matrix `[width, k]` becomes a column of lists of length k.
+    """A tensor, array or list as one Arrow column; a matrix `[width, k]` makes a column of lists of length k.
 
     >>> column(torch.tensor([[1, 2], [3, 4]])).to_pylist()
     [[1, 2], [3, 4]]
@@ -110,7 +110,7 @@ def column(values: Any, type: pa.DataType | None = None) -> pa.Array:
 
 
 def table(columns: Mapping[str, Any], stamp: Stamp, types: Mapping[str, pa.DataType]) -> pa.Table:
-    """The part's table: site and index, then the group's columns. Raises AtlasError where a column does not fit."""
+    """The part's table: site and index, then the group's columns. AtlasError where a column does not fit."""
     out = {
         "site": pa.array(np.full(stamp.width, stamp.site, np.int32)),
         "index": pa.array(np.arange(stamp.width, dtype=np.int32)),
@@ -120,6 +120,8 @@ def table(columns: Mapping[str, Any], stamp: Stamp, types: Mapping[str, pa.DataT
         check_name(name, "column")
         if name.lower() in RESERVED:
             raise AtlasError(f"{where}: the name is kept for the atlas itself (as are {', '.join(RESERVED)})")
+        if name.lower() in map(str.lower, out):
+            raise AtlasError(f"{where}: another column has that name; SQL knows no difference of case")
         try:
             array = column(values, types.get(name))
         except (pa.ArrowException, ValueError, TypeError) as bad:
@@ -194,7 +196,7 @@ def to_bytes(part: pa.Table) -> pa.Buffer:
 
 
 def inspect(path: Path, stamp: Stamp, deep: bool = False) -> tuple[pa.Schema | None, str]:
-    """The schema of a part and what is wrong with it (nothing: ""). `deep` reads every page and its checksum."""
+    """The schema of a part and what is wrong with it (nothing: ""). `deep` reads every page."""
     try:
         with pq.ParquetFile(path, page_checksum_verification=True) as file:
             metadata, schema = file.metadata, file.schema_arrow

@@ -133,16 +133,16 @@ def now() -> str:
 class Ranks:
     """The processes that build one atlas together: one, or all ranks of `torch.distributed`.
 
-    Both methods are collective: every rank calls them. An error on one rank is told to all, so that none waits for a
-    rank that gave up.
+    Both methods are collective: every rank calls them. An error on one rank is told to all, so that none
+    waits for a rank that gave up.
     """
 
     def __init__(self) -> None:
         together = dist.is_available() and dist.is_initialized()
         self.rank = dist.get_rank() if together else 0
         self.size = dist.get_world_size() if together else 1
-        # A rank may compute for hours before the others hear of it; a peer that dies closes its connection, which
-        # gloo notices at once whatever the timeout.
+        # A rank may compute for hours before the others hear of it; a peer that dies closes its connection,
+        # which gloo notices at once whatever the timeout.
         self._group = dist.new_group(backend="gloo", timeout=timedelta(days=30)) if self.size > 1 else None
 
     def first(self, work: Callable[[], Any]) -> Any:

