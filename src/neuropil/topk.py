@@ -6,7 +6,8 @@ arithmetic finds up to ties, at about the price of one low-precision matrix prod
 
 1. *Screen.* $\hat s = \hat u \hat W^T$ in bfloat16, int8 or float32, whichever is fastest on this
    machine. Every $|\hat s_t - s_t| \le E(u)$, by the Cauchy-Schwarz inequality on the rounding errors,
-   $$E(u) = \lVert u - \hat u\rVert \max_t \lVert w_t\rVert + \lVert \hat u\rVert \max_t \lVert w_t - \hat w_t\rVert
+   $$E(u) = \lVert u - \hat u\rVert \max_t \lVert w_t\rVert
+            + \lVert \hat u\rVert \max_t \lVert w_t - \hat w_t\rVert
             + \gamma_d \lVert \hat u\rVert \max_t \lVert\hat w_t\rVert + r,$$
    where $\gamma_d$ bounds float32 accumulation and $r$ the rounding of the output.
 2. *Re-score.* The $c > k$ best of the screen are computed again in float64.
@@ -138,10 +139,23 @@ class InnerProductIndex:
         """`log sum_t exp(score_t)` of every row (float32 arithmetic)."""
         return self._reduce(rows, lambda s, _: s.logsumexp(1), torch.zeros(len(rows)))
 
-    def _reduce(self, rows: Tensor, reduce: Callable[[Tensor, Tensor], Tensor], extra: Tensor) -> Tensor:
+    def largest_softmax(self, rows: Float[Tensor, "n d"]) -> Float[Tensor, " n"]:
+        """`max_t softmax(<row, key>)_t` of every row, unscaled keys (float32 arithmetic)."""
+        return self._reduce(
+            rows, lambda s, _: (s.amax(1) - s.logsumexp(1)).exp(), torch.zeros(len(rows)), self.keys
+        )
+
+    def _reduce(
+        self,
+        rows: Tensor,
+        reduce: Callable[[Tensor, Tensor], Tensor],
+        extra: Tensor,
+        keys: Tensor | None = None,
+    ) -> Tensor:
+        keys = self._scaled if keys is None else keys
         step = max(1, self.memory // (4 * len(self)))
         pairs = zip(rows.float().split(step), extra.split(step), strict=True)
-        parts = [reduce(r @ self._scaled.T, e) for r, e in pairs]
+        parts = [reduce(r @ keys.T, e) for r, e in pairs]
         return torch.cat(parts) if parts else extra
 
     # --- one block of rows ---------------------------------------------------------------------

@@ -15,10 +15,11 @@ $s_t / (\lVert u\rVert \lVert w_t\rVert)$, comparable between neurons and the de
 weight rows are short and the raw softmax is nearly flat; ``"z"`` is $(s_t - mean_V s) / std_V s$.
 
 *The sign trap.* A neuron that detects a token need not promote it: with the gate open, clamping the
-up-projection to $v$ moves the logit of $t$ by about $\sigma(gate)\,(v - up)\,\langle W_U[t], W_{down}[:, n]\rangle$,
+up-projection to $v$ moves the logit of $t$ by about
+$$\sigma(gate)\,(v - up)\,\langle W_U[t], W_{down}[:, n]\rangle,$$
 whatever the sign of $\langle u, W_U[t]\rangle$. So the three cosines (`cos_up`, `cos_gate`, `cos_down`) are
 always given together, both sides of each weight are decoded, and `neuropil.interpret.causal` measures
-the effect itself. *Hub neurons*, aligned with more than 1 % of the vocabulary, are flagged, and every
+the effect itself. *Hub neurons*, aligned with more than 1 % of the vocabulary at once, are flagged, and every
 score stands beside its percentile among random directions: a label is given only above the 95th.
 
 Top tokens are exact (equal to float64 arithmetic up to ties): see `neuropil.topk`. Memory: one site's
@@ -34,109 +35,30 @@ read of it: `up_probability` is the plain softmax, and `fold_norm` is off unless
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from rich.progress import track
 from torch import Tensor
 
-from neuropil.errors import ModelError, NoNeurons
+from neuropil.errors import NoNeurons
 from neuropil.interpret.concepts import Concepts
+from neuropil.interpret.rows import Decoded, Score, as_score, decode_rows, inverse_norms
 from neuropil.models import Model
 from neuropil.neurons import Site
-from neuropil.topk import InnerProductIndex, TopK
+from neuropil.topk import InnerProductIndex
 
-Score = Literal["dot", "softmax", "cosine", "z"]
+__all__ = ["Decoder", "decode", "decode_rows"]
+
 ROLES = ("up", "gate", "down")
 NULL_ROWS = 2000
-HUB_SHARE = 0.01  # of the vocabulary above the null's 99th percentile
+HUB_SHARE = 0.01  # of the vocabulary
 NAMED = 95.0  # percentile of the null below which a neuron gets no label
 SPECIALISED = 99.0
-
-
-@dataclass(frozen=True)
-class Decoded:
-    """The tokens of each row, best first; `negative_*` from the other side, most negative first."""
-
-    scores: Float[Tensor, "n k"]
-    tokens: Int[Tensor, "n k"]
-    negative_scores: Float[Tensor, "n k"] | None = None
-    negative_tokens: Int[Tensor, "n k"] | None = None
-
-
-def decode_rows(
-    rows: Float[Tensor, "n d"],
-    unembedding: Float[Tensor, "V d"],
-    *,
-    score: Score = "dot",
-    side: Literal["positive", "both"] = "both",
-    top_k: int = 10,
-    temperature: float = 1.0,
-    screen: str = "auto",
-) -> Decoded:
-    """Decode any rows through any unembedding (a language model's head, a CLIP text head, item vectors).
-
-    >>> head = torch.eye(5)
-    >>> decode_rows(torch.tensor([[0.0, 3.0, -2.0, 1.0, 0.0]]), head, top_k=2).tokens.tolist()
-    [[1, 3]]
-
-    Raises `ValueError` for an unknown score or rows of another dimension than the unembedding's, and
-    `ModelError` for weights that are not finite.
-    """
-    if score not in ("dot", "softmax", "cosine", "z"):
-        raise ValueError(f"score is {score!r}; expected 'dot', 'softmax', 'cosine' or 'z'")
-    if temperature <= 0:
-        raise ValueError(f"temperature is {temperature}; it must be positive")
-    scale = _inverse_norms(unembedding) if score == "cosine" else None
-    index = InnerProductIndex(unembedding, scale, screen=screen)
-    found = index.search(rows, top_k, both=side == "both")
-    return _as_score(found, rows, index, score, temperature)
-
-
-def _as_score(
-    found: TopK, rows: Tensor, index: InnerProductIndex, score: Score, temperature: float
-) -> Decoded:
-    """Turn dot products into the score asked for; none of them changes a row's ranking."""
-    shift: Tensor | float = 0.0
-    size: Tensor | float = 1.0
-    if score == "cosine":
-        size = rows.double().norm(dim=1, keepdim=True).clamp_min(1e-300)
-    elif score == "z":
-        mean, std = moments(rows, index.keys)
-        shift, size = mean[:, None], std[:, None].clamp_min(1e-300)
-    elif score == "softmax":
-        shift, size = temperature * index.logsumexp(rows / temperature)[:, None].double(), temperature
-
-    def turn(s: Tensor | None) -> Tensor | None:
-        if s is None:
-            return None
-        turned = (s - shift) / size
-        return (turned.exp() if score == "softmax" else turned).float()
-
-    positive = turn(found.scores)
-    assert positive is not None
-    return Decoded(positive, found.tokens, turn(found.negative_scores), found.negative_tokens)
-
-
-def moments(
-    rows: Float[Tensor, "n d"], keys: Float[Tensor, "V d"]
-) -> tuple[Float[Tensor, " n"], Float[Tensor, " n"]]:
-    """Mean and standard deviation of each row's scores over all keys, without forming them.
-
-    mean = <u, mean(W)> and var = u^T Cov(W) u: a d x d matrix serves every row.
-    """
-    mean = keys.double().mean(0)
-    covariance = sum(
-        ((t := tile.double() - mean).T @ t for tile in keys.split(8192)),
-        torch.zeros(len(mean), len(mean), dtype=torch.float64),
-    ) / len(keys)
-    u = rows.double()
-    return u @ mean, ((u @ covariance) * u).sum(1).clamp_min(0).sqrt()
 
 
 class Decoder:
@@ -181,13 +103,14 @@ class Decoder:
         weight = head.weight.float()
         if center:
             weight = weight - weight.mean(0)
-        self.scale = _inverse_norms(weight)
+        self.scale = inverse_norms(weight)
         self.cosines = InnerProductIndex(weight, self.scale, screen=screen)
         self._screen = screen
-        self.sites = [s for s in model.sites if self._fits(s)]
+        self._dim = weight.shape[1]
+        self.sites = [s for s in model.sites if self.roles(s)]
         if not self.sites:
             raise NoNeurons(
-                f"no MLP of {model.name} reads or writes the {weight.shape[1]} dimensions of its output head"
+                f"no MLP of {model.name} reads or writes the {self._dim} dimensions of its output head"
             )
 
     @property
@@ -203,11 +126,9 @@ class Decoder:
             "probability": self.probability,
         }
 
-    def _fits(self, site: Site) -> bool:
-        shapes = self.model.shapes(site)
-        return all(shapes[w][1] == self.cosines.keys.shape[1] for w in self.which if w in shapes) and any(
-            w in shapes for w in self.which
-        )
+    def roles(self, site: Site) -> list[str]:
+        """Those of `which` that this site has and that live in the space of the head."""
+        return [w for w in self.which if w in site.roles and _fan(self.model, site, w) == self._dim]
 
     @cached_property
     def dots(self) -> InnerProductIndex:
@@ -239,7 +160,7 @@ class Decoder:
 
     def rows(self, site: Site, role: str) -> Float[Tensor, "width d"] | None:
         """The weight vectors of a site's neurons, folded if asked; None where the site has no such weight."""
-        if role not in self.model.shapes(site):
+        if role not in self.roles(site):
             return None
         rows = self.model.rows(site, role)
         if self.fold_norm:
@@ -250,7 +171,7 @@ class Decoder:
     def columns(self, site: Site) -> dict[str, Any]:
         """All columns of one site, one entry a neuron (the schema is in docs/atlas.md)."""
         weights = {w: rows for w in self.which if (rows := self.rows(site, w)) is not None}
-        if not weights or site not in self.sites:
+        if not weights:
             raise NoNeurons(f"site {site.name} holds none of {', '.join(self.which)}")
         best: dict[str, Decoded] = {}
         out: dict[str, Any] = {}
@@ -265,12 +186,13 @@ class Decoder:
     def _weight(self, role: str, rows: Tensor) -> tuple[Decoded, dict[str, Any]]:
         norm = rows.double().norm(dim=1, keepdim=True)
         found = self.cosines.search(rows, self.top_k, both=True)
-        cosines = _as_score(found, rows, self.cosines, "cosine", 1.0)
+        cosines = as_score(found, rows, self.cosines, "cosine", 1.0)
         listed = cosines
         if self.score != "cosine":
             dots = self.dots.search(rows, self.top_k, both=True)
-            listed = _as_score(dots, rows, self.dots, self.score, 1.0)
-        assert cosines.negative_scores is not None and listed.negative_tokens is not None
+            listed = as_score(dots, rows, self.dots, self.score, 1.0)
+        assert cosines.negative_scores is not None
+        assert listed.negative_tokens is not None
         strongest = torch.maximum(cosines.scores[:, 0], -cosines.negative_scores[:, 0]).numpy()
         side = np.where(cosines.scores[:, 0] >= -cosines.negative_scores[:, 0], 1, -1)
         top = torch.where(torch.from_numpy(side) > 0, listed.tokens[:, 0], listed.negative_tokens[:, 0])
@@ -284,8 +206,7 @@ class Decoder:
             f"{role}_hub_tokens": self._hub_tokens(rows, norm.squeeze(1), cosines, side),
         }
         if role == "up" and self.probability:
-            best = self.dots.search(rows, 1).scores[:, 0] if self.score == "cosine" else dots.scores[:, 0]
-            columns["up_probability"] = (best - self.dots.logsumexp(rows)).exp().float().numpy()
+            columns["up_probability"] = self.cosines.largest_softmax(rows).numpy()
         return listed if self.score != "cosine" else cosines, columns
 
     def _absent(self, role: str, width: int) -> dict[str, Any]:
@@ -302,18 +223,22 @@ class Decoder:
         return empty
 
     def _hub_tokens(self, rows: Tensor, norm: Tensor, found: Decoded, side: np.ndarray) -> np.ndarray:
-        """Tokens on the stronger side whose cosine exceeds the null's 99th percentile.
+        """Tokens on the stronger side above the null's 99th percentile and above half the peak.
 
-        Counted among the listed tokens; over the whole vocabulary only where the whole list exceeds it.
+        The second bar keeps apart a neuron that is strongly aligned with one word and so, a little, with
+        all its kin (*money*: 520 tokens above the null, 20 above half its peak) from one aligned with a
+        good part of the vocabulary at once. Counted among the listed tokens; over the whole vocabulary
+        only where the whole list exceeds the bar.
         """
         assert found.negative_scores is not None
-        bar = float(np.quantile(self.null, 0.99))
         sign = torch.from_numpy(side).to(torch.float32)[:, None]
         listed = torch.where(sign > 0, found.scores, -found.negative_scores)
+        bar = (listed[:, :1] / 2).clamp_min(float(np.quantile(self.null, 0.99)))
         count = (listed > bar).sum(1)
         full = (count == listed.shape[1]).nonzero().flatten()
         if len(full):
-            count[full] = self.cosines.count_above(rows[full] * sign[full], (bar * norm[full]).float())
+            bars = (bar.squeeze(1) * norm)[full].float()
+            count[full] = self.cosines.count_above(rows[full] * sign[full], bars)
         return count.to(torch.int32).numpy()
 
     def _label(
@@ -405,55 +330,23 @@ def decode(
     return pa.concat_tables(tables)
 
 
-@dataclass(frozen=True)
-class Comparison:
-    """How alike two checkpoints' neurons are, index for index, one entry a site."""
-
-    sites: list[str]
-    same_top: Float[np.ndarray, " sites"]  # share of neurons with the same best token
-    jaccard: Float[np.ndarray, " sites"]  # mean overlap of the top-k sets
-    row_cosine: Float[np.ndarray, " sites"]  # mean cosine between the weight vectors
-    widths: Int[np.ndarray, " sites"]
-
-    @property
-    def agreement(self) -> float:
-        """Share of all neurons with the same best token (the paper: over 75 % after instruction tuning)."""
-        return float(np.average(self.same_top, weights=self.widths))
-
-
-def compare(
-    model_a: Model, model_b: Model, *, which: str = "up", score: Score = "dot", top_k: int = 10
-) -> Comparison:
-    """Compare a pretrained with a fine-tuned checkpoint of the same shape, each through its own head.
-
-    Raises `ModelError` where the two differ in their sites.
-    """
-    if [(s.name, s.width) for s in model_a.sites] != [(s.name, s.width) for s in model_b.sites]:
-        raise ModelError(
-            f"{model_a.name} and {model_b.name} have different layers of neurons; compare like with like"
-        )
-    settings: dict[str, Any] = {"which": (which,), "score": score, "top_k": top_k, "probability": False}
-    a, b = Decoder(model_a, **settings), Decoder(model_b, **settings)
-    same, overlap, cosine = [], [], []
-    for site in a.sites:
-        u, v = a.rows(site, which), b.rows(site, which)
-        assert u is not None and v is not None
-        x, y = (d.index(score).search(r, top_k).tokens for d, r in ((a, u), (b, v)))
-        shared = (x[:, :, None] == y[:, None, :]).any(2).sum(1)
-        same.append(float((x[:, 0] == y[:, 0]).float().mean()))
-        overlap.append(float((shared / (2 * x.shape[1] - shared)).mean()))
-        cosine.append(float(torch.nn.functional.cosine_similarity(u, v, dim=1).mean()))
-    widths = np.array([s.width for s in a.sites])
-    return Comparison([s.name for s in a.sites], np.array(same), np.array(overlap), np.array(cosine), widths)
+def _fan(model: Model, site: Site, role: str) -> int | None:
+    """Length of the vectors of a weight, known without reading it; None for filters."""
+    weight = site.weight(role)
+    shape = list(model.skeleton.get_parameter(weight.name).shape)
+    if weight.expert is not None:
+        del shape[0]
+    return shape[1 - weight.axis] if len(shape) == 2 and weight.block == 1 else None
 
 
 def _peaks(index: InnerProductIndex, scale: Tensor, rows: Tensor, found: Decoded) -> np.ndarray:
     """The cosine of the best token on the stronger side, signed."""
     assert found.negative_tokens is not None
     norm = rows.double().norm(dim=1).clamp_min(1e-300)
-    ends = []
-    for tokens in (found.tokens[:, 0], found.negative_tokens[:, 0]):
-        ends.append((rows.double() * index.keys[tokens].double()).sum(1) * scale[tokens].double() / norm)
+    ends = [
+        (rows.double() * index.keys[tokens].double()).sum(1) * scale[tokens].double() / norm
+        for tokens in (found.tokens[:, 0], found.negative_tokens[:, 0])
+    ]
     return torch.where(ends[0] >= -ends[1], ends[0], ends[1]).numpy()
 
 
@@ -461,9 +354,3 @@ def _ragged(listed: Tensor, keep: Tensor) -> pa.Array:
     """The kept entries of every row as a list column."""
     offsets = np.concatenate([[0], keep.sum(1).cumsum(0).numpy()]).astype(np.int32)
     return pa.ListArray.from_arrays(offsets, pa.array(listed[keep].to(torch.int32).numpy()))
-
-
-def _inverse_norms(weight: Float[Tensor, "V d"]) -> Float[Tensor, " V"]:
-    """1 / norm of every row; a row of zeros (an unused token) scores 0 with everything."""
-    norms = torch.cat([t.double().norm(dim=1) for t in weight.split(8192)])
-    return torch.where(norms > 0, 1 / norms.clamp_min(1e-300), 0.0)

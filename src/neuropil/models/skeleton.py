@@ -13,7 +13,7 @@ import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -29,6 +29,7 @@ _HEADS = (
 )
 
 
+@runtime_checkable
 class Reader(Protocol):
     """Reads one parameter, by its name in the module."""
 

