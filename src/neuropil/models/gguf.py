@@ -21,6 +21,7 @@ from neuropil.models.stores import AGAIN, PIECE, Store, starts, truncated
 
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 _STRING, _ARRAY = 8, 9
+_AT_ONCE = 1 << 21  # numbers dequantised at a time
 
 # transformers turns these into a config by renaming keys alone; the others go through its own (slow) reader.
 _RENAMED = {
@@ -127,22 +128,31 @@ class Gguf(Store):
             self.places[name] = (quantisation, offset, nbytes)
 
     def read(self, name: str) -> Tensor:
-        from gguf import dequantize
-        from gguf.quants import quant_shape_to_byte_shape
-
         kind, offset, nbytes = self.places[name]
-        raw = np.fromfile(self.path, dtype=np.uint8, count=nbytes, offset=offset)
-        if raw.size < nbytes:
-            raise truncated(self.path, name)
         shape = self.shapes[name]
+        made = np.empty(shape, dtype=np.float32)
+        # Rows at a time, so that neither the stored bytes nor the temporaries of dequantising are ever whole.
+        rows = made.reshape(-1, shape[-1]) if shape else made.reshape(1, 1)
+        step = max(1, _AT_ONCE // rows.shape[1])
+        with self.path.open("rb") as file:
+            file.seek(offset)
+            for start in range(0, len(rows), step):
+                part = rows[start : start + step]
+                raw = np.fromfile(file, dtype=np.uint8, count=nbytes // len(rows) * len(part))
+                if raw.size < nbytes // len(rows) * len(part):
+                    raise truncated(self.path, name)
+                part[:] = self._plain(name, kind, raw.reshape(len(part), -1))
+        return torch.from_numpy(made)
+
+    def _plain(self, name: str, kind: Any, raw: np.ndarray) -> np.ndarray:
+        """Rows of stored bytes as rows of numbers."""
+        from gguf import dequantize
+
         plain = {"F32": np.float32, "F16": np.float16, "F64": np.float64}.get(kind.name)
         if plain is not None:
-            return torch.from_numpy(raw.view(plain).reshape(shape).astype(np.float32, copy=False))
+            return raw.view(plain)
         try:
-            rows = raw.reshape(quant_shape_to_byte_shape(shape, kind))
-            return torch.from_numpy(
-                np.ascontiguousarray(dequantize(rows, kind), dtype=np.float32).reshape(shape)
-            )
+            return dequantize(raw, kind)
         except (NotImplementedError, KeyError, ValueError) as error:
             raise ModelError(
                 f"{self.path}: tensor {name!r} is stored as {kind.name}, which the gguf package cannot dequantise "
@@ -210,20 +220,46 @@ def _slow_config(store: Gguf) -> dict[str, Any]:
     return load_gguf_checkpoint(str(store.path), return_tensors=False)["config"]
 
 
+def _name_map(store: Gguf, skeleton: nn.Module, processor: Any) -> dict[str, str]:
+    """GGUF name -> name in the module, as `get_gguf_hf_weights_map` of transformers has it (which takes seconds).
+
+    Some converters dropped the name of the outer module, so names are also tried without their first parts.
+    """
+    from gguf import MODEL_ARCH_NAMES, get_tensor_name_map
+
+    arch = next((key for key, name in MODEL_ARCH_NAMES.items() if name == store.architecture), None)
+    if arch is None:
+        raise ModelError(
+            f"{store.path}: the gguf package knows no architecture {store.architecture!r}; upgrade it"
+        )
+    layers = int(store.metadata.get(f"{store.architecture}.block_count", 0))
+    names = get_tensor_name_map(arch, layers)
+    found: dict[str, str] = {}
+    for dropped in range(3):
+        for full in skeleton.state_dict():
+            parts = full.split(".")
+            outer = "".join(f"{part}." for part in parts[:dropped])
+            inner = processor.preprocess_name(".".join(parts[dropped:]))
+            stem, dot, leaf = inner.rpartition(".")
+            stem, suffix = (stem, f".{leaf}") if dot and leaf in ("weight", "bias") else (inner, "")
+            theirs = names.get_name(stem)
+            if theirs is not None:
+                found.setdefault(theirs + suffix, outer + inner)
+            elif dropped == 0:
+                processor.perform_fallback_tensor_mapping(found, suffix, outer, inner)
+    return found
+
+
 class Names:
     """Which tensors of a GGUF file make up a parameter of the transformers model, and how."""
 
     def __init__(self, store: Gguf, skeleton: nn.Module) -> None:
-        from transformers.modeling_gguf_pytorch_utils import (
-            TENSOR_PROCESSORS,
-            TensorProcessor,
-            get_gguf_hf_weights_map,
-        )
+        from transformers.modeling_gguf_pytorch_utils import TENSOR_PROCESSORS, TensorProcessor
 
         self.store = store
         config = getattr(skeleton, "config").to_dict()  # noqa: B009 - nn.Module has no such attribute for mypy
         self.processor = TENSOR_PROCESSORS.get(store.architecture, TensorProcessor)(config=config)
-        self.map: dict[str, str] = get_gguf_hf_weights_map(skeleton, self.processor)
+        self.map = _name_map(store, skeleton, self.processor)
         self.sources: dict[str, list[str]] = {}
         for name in store.shapes:
             # Stacked experts are listed without their suffix, since the fused parameter has none.

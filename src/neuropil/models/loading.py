@@ -95,15 +95,16 @@ def _gguf(path: Path, name: str, tokenizer: Any) -> Model:
 
 
 def _gguf_tokenizer(path: Path) -> Any:
-    from transformers import AutoTokenizer
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-    try:
-        with skeleton.quiet():
-            return AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
-    except (ValueError, KeyError, OSError, NotImplementedError) as error:
-        raise ModelError(
-            f"{path}: its tokenizer cannot be read ({error}); pass one: load(path, tokenizer=...)"
-        ) from (error)
+    # The first reads the tokenizer alone; AutoTokenizer would parse the whole file for a config, ten times slower.
+    for kind in (PreTrainedTokenizerFast, AutoTokenizer):
+        try:
+            with skeleton.quiet():
+                return kind.from_pretrained(path.parent, gguf_file=path.name)
+        except (ValueError, KeyError, OSError, NotImplementedError, TypeError) as caught:
+            error = caught
+    raise ModelError(f"{path}: its tokenizer cannot be read ({error}); pass one: load(path, tokenizer=...)")
 
 
 def _dequantised(model: Model, dtype: torch.dtype) -> nn.Module:
@@ -124,6 +125,7 @@ def _filled(model: Model) -> Any:
     cls: Any = type(model.skeleton)
     with no_init_weights():
         whole = cls._from_config(model.config)
+    whole.tie_weights()
     with torch.no_grad():
         for name, parameter in whole.named_parameters():
             parameter.copy_(model.tensor(name))

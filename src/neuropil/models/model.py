@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from neuropil.errors import ModelError
+from neuropil.errors import ModelError, NoNeurons
 from neuropil.models import trace as tracing
 from neuropil.models import vocabulary
 from neuropil.models.skeleton import Reader, quiet, ties
@@ -98,8 +98,18 @@ class Model:
         return self._tokenizer()
 
     def tensor(self, name: str) -> Tensor:
-        """One parameter or buffer in float32, by its name in the module's state dict; read anew at every call."""
-        return self._read(name).to(torch.float32)
+        """One parameter or buffer in float32 on the CPU, by its name in the module's state dict; read at every call.
+
+        Raises ModelError for a name that the model or the checkpoint has not, and for a tensor of whole numbers that
+        the module holds as a weight (quantised by a library that changes modules in memory).
+        """
+        tensor = self._read(name).to("cpu")
+        if not tensor.is_floating_point() and name.endswith(".weight"):
+            raise ModelError(
+                f"{self.name}: {name!r} holds {str(tensor.dtype).removeprefix('torch.')} codes, not weights; "
+                "dequantise the module first (model.dequantize()) or load the original checkpoint"
+            )
+        return tensor.to(torch.float32)
 
     def _read(self, name: str) -> Tensor:
         sources: Any = self.store.shapes if self.reader is None else self.reader.sources
@@ -152,7 +162,11 @@ class Model:
 
     @cached_property
     def _trace(self) -> tracing.Trace | None:
-        watched = [self._owner(w.name) for site in self.sites for w in site.reads.values()]
+        try:
+            sites = self.sites
+        except NoNeurons:
+            sites = []
+        watched = [self._owner(w.name) for site in sites for w in site.reads.values()]
         if (head := self._head_name) is not None:
             watched.append(head)
         return tracing.watch(self.skeleton, watched)
@@ -195,7 +209,8 @@ class Model:
                 f"{self.name}: {self.architecture} has no language-model head, so its neurons cannot be read as tokens; "
                 "use a checkpoint of the model with its head (…ForCausalLM or …ForMaskedLM)"
             )
-        weight = self._finite(f"{name}.weight", self.tensor(f"{name}.weight"))
+        held = self._head_weight(name)
+        weight = self._finite(held, self.tensor(held))
         bias = self._head_bias(name)
         source = self._trace.feeds.get(name) if self._trace is not None else None
         gain, note = None, ""
@@ -207,26 +222,33 @@ class Model:
         elif source is not None:
             gain = self._gain(source)
             note = self._between(source)
-        elif self._trace is not None and self._trace.last_norm is not None:
-            gain = self._gain(self._trace.last_norm)
-            note = f"something lies between the norm {self._trace.last_norm} and the head"
+        elif (last := tracing.last_norm(self.skeleton, self._trace)) is not None:
+            gain = self._gain(last)
+            note = f"{last} is the last norm before the head, but its output was not seen to reach the head as it is"
         self._fits(name, weight)
         rows = min(len(weight), self._vocabulary or len(weight))
         return Head(weight[:rows], gain, None if bias is None else bias[:rows], note)
 
     def _head_bias(self, name: str) -> Tensor | None:
-        module: Any = self.skeleton.get_submodule(name)
-        if getattr(module, "bias", None) is None:
+        held = f"{self._head_weight(name).rpartition('.')[0]}.bias"
+        if held not in self.skeleton.state_dict():
             return None
-        return self._finite(f"{name}.bias", self.tensor(f"{name}.bias"))
+        return self._finite(held, self.tensor(held))
+
+    def _head_weight(self, name: str) -> str:
+        """The head's weight by name; a head that is wrapped (LoRA) holds it one level further in."""
+        wrapped = f"{name}.base_layer.weight"
+        return wrapped if wrapped in self.skeleton.state_dict() else f"{name}.weight"
 
     def _between(self, norm: str) -> str:
-        """What a head's norm belongs to when it is part of a transform of its own (masked language models)."""
-        parent = norm.rpartition(".")[0]
-        inside = [m for m in self.skeleton.get_submodule(parent).modules() if isinstance(m, nn.Linear)]
-        if not parent or len(inside) != 1:
+        """What a head's norm belongs to when the head has a transform of its own (masked language models)."""
+        base = getattr(self.skeleton, "base_model_prefix", "")
+        if not base or not hasattr(self.skeleton, base) or f".{base}." in f".{norm}.":
             return ""
-        return f"{parent} (a linear map, a nonlinearity and the norm) lies between the residual stream and the head"
+        return (
+            f"a transform of the head's own (linear map, nonlinearity, {norm}) lies between the residual stream and "
+            "the head; it is not folded in"
+        )
 
     def _fits(self, name: str, weight: Tensor) -> None:
         width = getattr(

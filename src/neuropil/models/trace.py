@@ -1,7 +1,7 @@
 """Which norm feeds which layer: seen in one forward pass on the meta device, where tensors have no data.
 
-A norm feeds a weight when the tensor that the weight's module receives is the norm's own output, or a view of it.
-That is told by the tensors' storage, so it needs no list of architectures or of names.
+A norm feeds a weight when the tensor that the weight's module receives is the norm's own output or a view
+of it. That is told by the tensors' storage, so it needs no list of architectures or of names.
 """
 
 from __future__ import annotations
@@ -32,6 +32,8 @@ class _Answers(TorchDispatchMode):
                 return torch.zeros(1, first.dim(), dtype=torch.long, device="meta")
             if func is torch.ops.aten.equal.default:
                 return True
+            if "grouped_mm" in str(func):  # its meta version takes bfloat16 alone
+                return first.new_empty(*first.shape[:-1], args[1].shape[-1])
         return func(*args, **(kwargs or {}))
 
 
@@ -100,6 +102,18 @@ def watch(model: nn.Module, watched: Iterable[str]) -> Trace | None:
     return trace
 
 
+def last_norm(model: nn.Module, trace: Trace | None) -> str | None:
+    """The norm that ran last; where the model could not be run, the last one that is in none of its blocks."""
+    if trace is not None:
+        return trace.last_norm
+    outside = (
+        name
+        for name, module in model.named_modules()
+        if is_norm(module) and "embed" not in name and not any(part.isdecimal() for part in name.split("."))
+    )
+    return max(outside, key=lambda name: -name.count("."), default=None)
+
+
 class _hook(ExitStack):  # noqa: N801 - a small context manager, used as a function
     def __init__(self, handle: Any) -> None:
         super().__init__()
@@ -125,7 +139,7 @@ def example(model: nn.Module) -> dict[str, Tensor]:
 
 
 def measured_gain(norm: nn.Module, weights: dict[str, Tensor]) -> Tensor:
-    """The vector by which a norm multiplies the normalised input: `g`, in Gemma `1 + g`; measured, not assumed.
+    """The vector by which a norm multiplies its normalised input: `g`, in Gemma `1 + g`; it is measured.
 
     The norm is given `x` of +1 and -1 (mean 0, mean square 1) and `-x`; half the difference is `gain * x`.
     """
