@@ -18,13 +18,13 @@ import math
 import os
 import platform
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal, cast, get_args
 
-from rich.console import Console, ConsoleOptions, RenderResult
+from rich.console import Console, ConsoleOptions, RenderableType
 from rich.markup import escape
 from rich.panel import Panel
 from rich.table import Table
@@ -240,7 +240,7 @@ class Report:
         except (ReportError, UnicodeDecodeError) as error:
             raise ReportError(f"{path}: {error}") from None
 
-    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[RenderableType]:
         yield Text(f"{self.title}  ({self.slug})", style="bold")
         yield Text(f"Claim  {self.claim}")
         yield Text(f"Rule   {self.rule}")
