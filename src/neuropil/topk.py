@@ -34,10 +34,8 @@ import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from jaxtyping import Float, Int
-from threadpoolctl import threadpool_limits
 from torch import Tensor
 
 from neuropil.errors import ModelError
@@ -77,7 +75,7 @@ class InnerProductIndex:
     scale: optional `[V]`; scores become `scale[t] * <row, key_t>` (1/norm gives the cosine up to the
         row's own norm).
     screen: "auto" times the screens on the first rows of the first search and keeps the fastest;
-        or "float32", "numpy" (float32 by NumPy's BLAS), "bfloat16", "int8".
+        or "float32", "bfloat16", "int8".
     memory: bytes that the screen's scores may take at a time.
 
     Raises `ModelError` if the keys are not all finite.
@@ -98,7 +96,7 @@ class InnerProductIndex:
             raise ModelError("the keys (token embeddings) hold NaN or infinite numbers; check the checkpoint")
         self.scale = None if scale is None else scale.detach().double()
         self.memory = memory
-        self._scaled = self.keys if scale is None else (self.keys.double() * self.scale[:, None]).float()
+        self._scaled = self.keys if self.scale is None else (self.keys.double() * self.scale[:, None]).float()
         self._screen: _Screen | None = None if screen == "auto" else SCREENS[screen](self._scaled)
 
     def __len__(self) -> int:
@@ -231,20 +229,46 @@ class InnerProductIndex:
         return sign * best[0], best[1]
 
     def _fastest(self, rows: Tensor, k: int) -> _Screen:
-        """Time each available screen, whole (product, re-scoring, certificate), on the same rows."""
-        best: tuple[float, _Screen | None] = (float("inf"), None)
-        for build in SCREENS.values():
-            try:
-                self._screen = build(self._scaled)
-                self._block(rows[:8], k, both=True)  # warm-up: packing, thread pools
-                start = time.perf_counter()
-                self._block(rows, k, both=True)
-            except (RuntimeError, NotImplementedError):  # this CPU or this torch has not got it
-                continue
-            seconds = time.perf_counter() - start
-            best = min(best, (seconds, self._screen), key=lambda pair: pair[0])
-        assert best[1] is not None  # float32 is always there
-        return best[1]
+        """Time the screens that this CPU may be fast at, whole, on the same rows; keep the fastest."""
+        names = promising(self._scaled, rows)
+        timed: list[tuple[float, _Screen]] = []
+        for name in names:
+            self._screen = SCREENS[name](self._scaled)
+            if len(names) == 1:
+                break
+            self._block(rows[:8], k, both=True)  # warm-up: packing, thread pools
+            timed.append((_seconds(lambda: self._block(rows, k, both=True)), self._screen))
+        return min(timed, key=lambda t: t[0])[1] if timed else SCREENS["float32"](self._scaled)
+
+
+def promising(keys: Tensor, rows: Tensor) -> list[str]:
+    """Screens whose bare product is much faster than float32's here, tried on a few keys; and float32.
+
+    Low precision must earn its wider bound: int8's grows with the dimension, and most CPUs without
+    VNNI or bfloat16 units are slower in those types.
+    """
+    few, names = keys[:4096], ["float32"]
+    least = _trial("float32", few, rows)
+    if (small := _trial("bfloat16", few, rows)) < 0.7 * least:
+        names.append("bfloat16")
+    if keys.shape[1] <= 1024 and _trial("int8", few, rows) < 0.4 * min(least, small):
+        names.append("int8")
+    return names
+
+
+def _trial(name: str, keys: Tensor, rows: Tensor) -> float:
+    try:
+        screen = SCREENS[name](keys)
+        screen.product(rows)
+        return min(_seconds(lambda: screen.product(rows)) for _ in range(2))
+    except (RuntimeError, NotImplementedError):  # this CPU, or this torch, has not got it
+        return float("inf")
+
+
+def _seconds(work: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    work()
+    return time.perf_counter() - start
 
 
 def screened_best(raw: Tensor, count: int, sign: int) -> tuple[Tensor, Tensor]:
@@ -283,29 +307,15 @@ def _gamma(d: int) -> float:
     return 2 * (d + 2) * 2.0**-24
 
 
-def _single(name: str, keys: Tensor, multiply: Callable[[Tensor, Tensor], Tensor]) -> _Screen:
+def _float32(keys: Tensor) -> _Screen:
     # Keys may have been rounded once to float32 after scaling: one more unit roundoff.
     bound = (_gamma(keys.shape[1]) + 2.0**-23) * _longest(keys)
 
     def product(rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         error = bound * rows.double().norm(dim=1, keepdim=True)
-        return multiply(rows, keys.T), torch.ones(len(rows), 1), error
+        return rows @ keys.T, torch.ones(len(rows), 1), error
 
-    return _Screen(name, product, lambda k: k + 4, 4)
-
-
-def _float32(keys: Tensor) -> _Screen:
-    return _single("float32", keys, torch.matmul)
-
-
-def _numpy(keys: Tensor) -> _Screen:
-    """NumPy's BLAS (OpenBLAS as a rule), faster than torch's (MKL) on CPUs that MKL does not know."""
-
-    def multiply(rows: Tensor, keys_t: Tensor) -> Tensor:
-        with threadpool_limits(torch.get_num_threads(), user_api="blas"):
-            return torch.from_numpy(np.matmul(rows.numpy(), keys_t.numpy()))
-
-    return _single("numpy", keys, multiply)
+    return _Screen("float32", product, lambda k: k + 4, 4)
 
 
 def _bfloat16(keys: Tensor) -> _Screen:
@@ -370,7 +380,6 @@ def _longest(keys: Tensor) -> float:
 
 SCREENS: dict[str, Callable[[Tensor], _Screen]] = {
     "float32": _float32,
-    "numpy": _numpy,
     "bfloat16": _bfloat16,
     "int8": _int8,
 }

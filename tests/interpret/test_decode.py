@@ -132,7 +132,7 @@ def test_z_scores_are_the_standardised_dot_products() -> None:
 
 def test_bad_rows_are_refused() -> None:
     with pytest.raises(ValueError, match="expected 'dot'"):
-        decode_rows(draw(0, 2, 4), draw(1, 9, 4), score="loud")  # type: ignore[arg-type]
+        decode_rows(draw(0, 2, 4), draw(1, 9, 4), score="loud")
     with pytest.raises(ValueError, match="temperature"):
         decode_rows(draw(0, 2, 4), draw(1, 9, 4), temperature=0.0)
     with pytest.raises(ValueError, match="dimensions"):

@@ -16,7 +16,6 @@ from jaxtyping import Float, Int
 
 from neuropil.errors import ModelError
 from neuropil.interpret.decode import Decoder
-from neuropil.interpret.rows import Score
 from neuropil.models import Model
 
 
@@ -37,7 +36,7 @@ class Comparison:
 
 
 def compare(
-    model_a: Model, model_b: Model, *, which: str = "up", score: Score = "dot", top_k: int = 10
+    model_a: Model, model_b: Model, *, which: str = "up", score: str = "dot", top_k: int = 10
 ) -> Comparison:
     """Compare a pretrained with a fine-tuned checkpoint of the same shape, each through its own head.
 

@@ -47,7 +47,7 @@ from torch import Tensor
 
 from neuropil.errors import NoNeurons
 from neuropil.interpret.concepts import Concepts
-from neuropil.interpret.rows import Decoded, Score, as_score, decode_rows, inverse_norms
+from neuropil.interpret.rows import Decoded, as_score, check_score, decode_rows, inverse_norms
 from neuropil.models import Model
 from neuropil.neurons import Site
 from neuropil.topk import InnerProductIndex
@@ -85,7 +85,7 @@ class Decoder:
         *,
         which: Sequence[str] = ROLES,
         top_k: int = 10,
-        score: Score = "cosine",
+        score: str = "cosine",
         fold_norm: bool = False,
         center: bool = False,
         probability: bool = True,
@@ -94,6 +94,7 @@ class Decoder:
         unknown = [w for w in which if w not in ROLES]
         if unknown or not which:
             raise ValueError(f"weights {list(which)}; expected some of {', '.join(ROLES)}")
+        check_score(score)
         if top_k < 1:
             raise ValueError(f"top_k is {top_k}; expected 1 or more")
         self.model, self.which, self.top_k, self.score = model, tuple(which), top_k, score
@@ -135,7 +136,7 @@ class Decoder:
         """The index without normalisation, for scores other than the cosine."""
         return InnerProductIndex(self.cosines.keys, screen=self._screen)
 
-    def index(self, score: Score) -> InnerProductIndex:
+    def index(self, score: str) -> InnerProductIndex:
         """The index whose ranking is that of `score` (all but the cosine rank as the dot product)."""
         return self.cosines if score == "cosine" else self.dots
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from neuropil.topk import InnerProductIndex, TopK
 
-Score = Literal["dot", "softmax", "cosine", "z"]
+SCORES = ("dot", "softmax", "cosine", "z")
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ def decode_rows(
     rows: Float[Tensor, "n d"],
     unembedding: Float[Tensor, "V d"],
     *,
-    score: Score = "dot",
+    score: str = "dot",
     side: Literal["positive", "both"] = "both",
     top_k: int = 10,
     temperature: float = 1.0,
@@ -43,8 +43,7 @@ def decode_rows(
     Raises `ValueError` for an unknown score or rows of another dimension than the unembedding's, and
     `ModelError` for weights that are not finite.
     """
-    if score not in ("dot", "softmax", "cosine", "z"):
-        raise ValueError(f"score is {score!r}; expected 'dot', 'softmax', 'cosine' or 'z'")
+    check_score(score)
     if temperature <= 0:
         raise ValueError(f"temperature is {temperature}; it must be positive")
     scale = inverse_norms(unembedding) if score == "cosine" else None
@@ -53,9 +52,12 @@ def decode_rows(
     return as_score(found, rows, index, score, temperature)
 
 
-def as_score(
-    found: TopK, rows: Tensor, index: InnerProductIndex, score: Score, temperature: float
-) -> Decoded:
+def check_score(score: str) -> None:
+    if score not in SCORES:
+        raise ValueError(f"score is {score!r}; expected 'dot', 'softmax', 'cosine' or 'z'")
+
+
+def as_score(found: TopK, rows: Tensor, index: InnerProductIndex, score: str, temperature: float) -> Decoded:
     """Turn dot products into the score asked for; none of them changes a row's ranking."""
     shift: Tensor | float = 0.0
     size: Tensor | float = 1.0
