@@ -15,9 +15,10 @@ already is not computed again, so a stopped run goes on where it was.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -64,6 +65,7 @@ def build_atlas(
     causal: bool = True,
     prompts: Sequence[str] | None = None,
     progress: bool = True,
+    overwrite: bool = False,
 ) -> Summary:
     """Maps every neuron of `model` into the atlas at `path`, or goes on with one that was begun.
 
@@ -72,42 +74,66 @@ def build_atlas(
         top_k: tokens kept for each weight.
         causal: whether to clamp every neuron and measure its effect; by far the longer part.
         prompts: the texts on which effects are measured; the built-in ones if None.
+        overwrite: compute everything anew, instead of keeping what is there.
 
     Raises:
         NoNeurons: the model has no MLP.
         AtlasError: the folder holds an atlas of another model or of other settings.
         AtlasBusy: another process is writing to it.
     """
+    from neuropil.atlas import Atlas
     from neuropil.interpret.decode import Decoder
 
     started = time.monotonic()
-    decoder = Decoder(model, which=tuple(which), top_k=top_k)
-    with _opened(Path(path), model) as atlas:
-        atlas.add("decode", decoder.columns, settings=decoder.settings, progress=progress)
+    with _ranks(), Atlas.create(path, model) as atlas:
+        decoder = Decoder(model, which=tuple(which), top_k=top_k)
+        atlas.add(
+            "decode",
+            decoder.columns,
+            settings=decoder.settings,
+            method="decode",
+            progress=progress,
+            overwrite=overwrite,
+        )
         if causal:
-            columns, settings = _causal(model, Path(path), prompts)
-            atlas.add("causal", columns, settings=settings, progress=progress)
+            columns, settings = _causal(model, atlas, prompts)
+            atlas.add(
+                "causal",
+                columns,
+                settings=settings,
+                method="causal",
+                progress=progress,
+                overwrite=overwrite,
+            )
     return summarise(path, seconds=time.monotonic() - started)
 
 
-def _opened(path: Path, model: Model) -> Atlas:
-    from neuropil.atlas import Atlas
+@contextlib.contextmanager
+def _ranks() -> Iterator[None]:
+    """Under torchrun, joins the processes it started, so that they share the sites out."""
+    import torch.distributed as dist
 
-    # Under torchrun every rank comes here; creating an atlas that is there already must not fail.
-    return Atlas.open(path, write=True) if (path / "manifest.json").exists() else Atlas.create(path, model)
+    alone = int(os.environ.get("WORLD_SIZE", "1")) == 1 or not dist.is_available() or dist.is_initialized()
+    if alone:
+        yield
+        return
+    dist.init_process_group("gloo")
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
 
 
 def _causal(
-    model: Model, path: Path, prompts: Sequence[str] | None
+    model: Model, atlas: Atlas, prompts: Sequence[str] | None
 ) -> tuple[Callable[[Site], dict[str, Any]], dict[str, Any]]:
-    import pyarrow.parquet as pq
-
     from neuropil.interpret.causal import CausalCheck
 
     check = CausalCheck(model, prompts=list(prompts) if prompts else None)
 
     def columns(site: Site) -> dict[str, Any]:
-        return check.columns(site, pq.read_table(path / "parts" / "decode" / f"{site.number:05d}.parquet"))
+        labels = "SELECT label_token, label_tokens FROM decode WHERE site = ? ORDER BY index"
+        return check.columns(site, atlas.query(labels, [site.number]).to_pydict())
 
     return columns, check.settings
 

@@ -13,6 +13,9 @@ from neuropil.cli.app import AsJson, command, interruptible
 from neuropil.cli.output import Column
 
 if TYPE_CHECKING:
+    import pyarrow as pa
+
+    from neuropil.atlas import Atlas
     from neuropil.build import Summary
     from neuropil.models import Model
 
@@ -78,6 +81,9 @@ def atlas(
             show_default="built in",
         ),
     ] = None,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Compute anew what the folder already has.")
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
     """Map every neuron of MODEL: what it stands for, and whether clamping it bears that out.
@@ -94,7 +100,9 @@ def atlas(
     if main_rank():
         output.note(f"{loaded.name}: {loaded.parameters:,} parameters, {_neurons(loaded)} → {path}")
     with interruptible(lambda: _stopped(path, again)):
-        summary = build_atlas(loaded, path, which, top, causal, texts, progress=main_rank())
+        summary = build_atlas(
+            loaded, path, which, top, causal, texts, progress=main_rank(), overwrite=overwrite
+        )
     if main_rank():
         output.as_json(summary.to_dict()) if as_json else summarise(summary, model)
 
@@ -210,7 +218,11 @@ def find(
     from neuropil.atlas import Atlas
 
     with Atlas.open(path) as opened:
-        rows = opened.find(" ".join(words), limit=limit).to_pylist()
+        found = opened.find(" ".join(words), limit=limit)
+        rows = found.to_pylist()
+        rows = [row | more for row, more in zip(rows, _details(opened, rows), strict=True)]
+    if remark := (found.schema.metadata or {}).get(b"note"):
+        output.note(f"Found {remark.decode()}")
     if as_json:
         return output.as_json(rows)
     if not rows:
@@ -218,6 +230,20 @@ def find(
     shown = [(column, cell) for column, cell, needs in FOUND if needs in rows[0]]
     output.listing([column for column, _ in shown], [[cell(row) for _, cell in shown] for row in rows])
     output.hint(f"\nneuropil show {quoted(str(path))} {rows[0]['neuron']}")
+
+
+_DETAILS = ("label_from", "label_sign", "cos_up", "cos_gate", "cos_down", "effect", "effect_se", "verdict")
+
+
+def _details(opened: Atlas, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """What a listing shows beside what `Atlas.find` gives."""
+    names = [name for name in _DETAILS if name in opened.columns]
+    if not rows or not names:
+        return [{} for _ in rows]
+    sql = f"SELECT neuron, {', '.join(names)} FROM neurons WHERE list_contains($wanted, neuron)"
+    details = opened.query(sql, {"wanted": [row["neuron"] for row in rows]}).to_pylist()
+    by_neuron = {row["neuron"]: row for row in details}
+    return [by_neuron[row["neuron"]] for row in rows]
 
 
 def effect(row: dict[str, Any]) -> str:
@@ -235,32 +261,20 @@ def verdict(row: dict[str, Any]) -> Text:
     return Text(said, style=VERDICTS.get(said, ""))
 
 
+def found_by(row: dict[str, Any]) -> str:
+    """How the neuron was found: by its token, or how near its label is in meaning."""
+    return "token" if row.get("similarity") is None else f"meaning {output.number(row['similarity'])}"
+
+
 FOUND: list[tuple[Column, Any, str]] = [
     (Column("neuron", style="bold cyan"), lambda row: row["neuron"], "neuron"),
     (Column("label", style="bold"), lambda row: output.clean(row["label"] or "–"), "label"),
-    (
-        Column("special", justify="right"),
-        lambda row: output.number(row["specialisation"]),
-        "specialisation",
-    ),
-    *(
-        (
-            Column(role, justify="right"),
-            lambda row, name=f"cos_{role}": output.number(row[name], signed=True),
-            f"cos_{role}",
-        )
-        for role in ROLES
-    ),
-    (Column("effect", justify="right"), effect, "effect"),
+    (Column("by"), found_by, "match"),
+    (Column("special", "right"), lambda row: output.number(row["specialisation"]), "specialisation"),
+    (Column("effect", "right"), effect, "effect"),
     (Column("verdict"), verdict, "verdict"),
-    (Column("reads", give=True), lambda row: reads(row), "up_tokens"),
+    (Column("tokens", give=True), lambda row: output.tokens(row["tokens"]), "tokens"),
 ]
-
-
-def reads(row: dict[str, Any]) -> str:
-    """The tokens the up-projection points at, on the side on which the label was found."""
-    side = "up_neg_tokens" if (row.get("label_sign") or 1) < 0 and row.get("up_neg_tokens") else "up_tokens"
-    return ("−" if side == "up_neg_tokens" else "+") + " " + output.tokens(row[side], 6)
 
 
 @command(
@@ -292,8 +306,7 @@ def query(
             rows = [{"column": name, "type": kind} for name, kind in opened.columns.items()]
             names = ["column", "type"]
         else:
-            table = opened.query(str(sql), limit=limit)
-            rows, names = table.to_pylist(), table.column_names
+            rows, names = _named(opened.query(str(sql), limit=limit))
     if as_json:
         return output.as_json(rows)
     heads = [
@@ -302,6 +315,15 @@ def query(
     ]
     output.listing(heads, [[output.cell(row[name]) for name in names] for row in rows])
     output.hint(f"\n{output.plural(len(rows), 'row')}")
+
+
+def _named(table: pa.Table) -> tuple[list[dict[str, Any]], list[str]]:
+    """Rows as dictionaries; of two columns of one name the second is called `name_2`."""
+    names: list[str] = []
+    for name in table.column_names:
+        number = sum(other == name for other in table.column_names[: len(names)]) + 1
+        names.append(name if number == 1 else f"{name}_{number}")
+    return table.rename_columns(names).to_pylist(), names
 
 
 def _numeric(rows: list[dict[str, Any]], name: str) -> bool:
@@ -322,7 +344,7 @@ def _wide(rows: list[dict[str, Any]], name: str) -> bool:
 def explore(
     path: AtlasPath,
     host: Annotated[str, typer.Option(help="The address to listen on.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(min=0, max=65535, help="The port; 0 takes a free one.")] = 8321,
+    port: Annotated[int, typer.Option(min=1, max=65535, help="The port.")] = 8000,
     model: Annotated[
         str | None,
         typer.Option(help="The model that the playground runs.", show_default="the one that was mapped"),

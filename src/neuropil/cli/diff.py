@@ -1,8 +1,4 @@
-"""`neuropil diff`: what fine-tuning, quantization or anything else did to the neurons of a model.
-
-Two atlases of the same shape are joined neuron by neuron. The share of neurons that keep their top token is
-the measure of Davies (arXiv 2501.02688): more than 75% of Llama 3.1 8B's survive its instruct tuning.
-"""
+"""`neuropil diff`: what fine-tuning, quantization or anything else did to the neurons of a model."""
 
 from __future__ import annotations
 
@@ -13,21 +9,18 @@ import typer
 
 from neuropil.cli import output
 from neuropil.cli.app import AsJson, command
-from neuropil.cli.atlas import PANEL, ROLES
+from neuropil.cli.atlas import PANEL
 from neuropil.cli.output import Column
-from neuropil.errors import AtlasError
 
 if TYPE_CHECKING:
-    import pyarrow as pa
-
-    from neuropil.atlas import Atlas
+    from neuropil.atlas import Diff
 
 
 @command(
     "diff",
     PANEL,
     "neuropil diff atlases/base atlases/tuned",
-    "neuropil diff atlases/base atlases/tuned --json | jq .weights.up.same_top",
+    "neuropil diff atlases/base atlases/tuned --json | jq .same.up",
 )
 def diff(
     first: Annotated[Path, typer.Argument(metavar="ATLAS_A", help="An atlas, say of the pretrained model.")],
@@ -36,123 +29,64 @@ def diff(
     as_json: AsJson = False,
 ) -> None:
     """Compare two atlases: the share of neurons that keep their top token, and those whose label changed."""
-    from neuropil.atlas import Atlas
+    from neuropil import atlas
 
-    with Atlas.open(first) as one, Atlas.open(second) as other:
-        found = compare(one, other)
+    with atlas.Atlas.open(first) as one, atlas.Atlas.open(second) as other:
+        found = atlas.diff(one, other)
     if as_json:
-        found["changed"] = found["changed"][:limit]
-        return output.as_json({"a": str(first), "b": str(second), **found})
-    roles = list(found["weights"])
+        facts = found.to_json()
+        facts |= {"changed_neurons": len(facts["changed"]), "changed": facts["changed"][:limit]}
+        return output.as_json({"a": str(first), "b": str(second), **facts})
+    _layers(found)
+    _changed(found, limit)
+
+
+def _layers(found: Diff) -> None:
+    """A row a site: the share of neurons with the same top token, and how much the lists overlap."""
+    weights = [weight for weight in found.same if not weight.endswith("_neg")]
     heads = [Column("layer"), Column("neurons", "right")]
-    for role in roles:
-        heads += [Column(f"{role}: same top", "right"), Column("overlap", "right")]
-    total = {"layer": "all", "neurons": found["neurons"], "weights": found["weights"]}
-    rows = []
-    for part in [*found["layers"], total]:
-        row = [str(part["layer"]), f"{part['neurons']:,}"]
-        for role in roles:
-            score = part["weights"][role]
-            row += [f"{100 * score['same_top']:.1f}%", output.number(score["jaccard"])]
-        rows.append(row)
-    output.listing(heads, rows)
-    output.hint("overlap: mean Jaccard index of the kept tokens.")
-    _changed(found["changed"], limit)
+    for weight in weights:
+        heads += [Column(f"{weight}: same top", "right"), Column("overlap", "right")]
+    by_site: dict[int, dict[str, dict[str, Any]]] = {}
+    for row in found.by_site.to_pylist():
+        by_site.setdefault(row["site"], {})[row["weight"]] = row
+    lines = []
+    for parts in by_site.values():
+        some = next(iter(parts.values()))
+        scores = [(parts.get(w, {}).get("same"), parts.get(w, {}).get("jaccard")) for w in weights]
+        lines.append([str(some["layer"]), f"{some['neurons']:,}", *_cells(scores)])
+    total = [(found.same[weight], found.jaccard[weight]) for weight in weights]
+    lines.append(["all", f"{found.neurons:,}", *_cells(total)])
+    output.listing(heads, lines)
+    output.hint("overlap: mean Jaccard index of the tokens kept")
 
 
-def _changed(changed: list[dict[str, Any]], limit: int) -> None:
-    output.say()
-    if not changed:
-        return output.say("No specialised neuron changed its label.")
-    count = output.plural(len(changed), "specialised neuron")
-    output.say(f"{count} changed their label; the most specialised:", style="bold")
-    heads = [Column("neuron", style="bold cyan"), Column("before"), Column("after")]
-    output.listing(
-        [*heads, Column("special", "right")],
-        [
-            [
-                row["neuron"],
-                output.clean(row["before"] or "–"),
-                output.clean(row["after"] or "–"),
-                output.number(row["specialisation"]),
-            ]
-            for row in changed[:limit]
-        ],
-    )
-
-
-def compare(one: Atlas, other: Atlas) -> dict[str, Any]:
-    """Joins two atlases neuron by neuron.
-
-    For each decoded weight, by layer and for all: `same_top`, the share of neurons with the same best token,
-    and `jaccard`, the mean of |A ∩ B| / |A ∪ B| over the two lists of kept tokens.
-
-    Raises:
-        AtlasError: the atlases are of models of different shape, or have no decoded weight in common.
-    """
-    roles = [r for r in ROLES if f"{r}_tokens" in one.columns and f"{r}_tokens" in other.columns]
-    if not roles:
-        raise AtlasError("these atlases share no decoded weight; build both with the same --weights.")
-    labels = all("label" in atlas.columns for atlas in (one, other))
-    chosen = ["neuron", "layer", *(f"{role}_tokens" for role in roles)]
-    chosen += ["label", "specialised", "specialisation"] if labels else []
-    sql = f"SELECT {', '.join(chosen)} FROM neurons ORDER BY site, index"
-    a, b = one.query(sql), other.query(sql)
-    if a.column("neuron") != b.column("neuron"):
-        raise AtlasError(
-            f"the atlases cannot be joined: one has {a.num_rows:,} neurons, the other {b.num_rows:,}, and"
-            " their addresses differ. A diff needs two models of the same shape."
-        )
-    layers = a.column("layer").to_pylist()
-    scores = {role: _scores(a, b, role) for role in roles}
-    by_layer: dict[int, list[int]] = {}
-    for row, layer in enumerate(layers):
-        by_layer.setdefault(layer, []).append(row)
-    return {
-        "neurons": a.num_rows,
-        "weights": {role: _mean(scores[role], range(a.num_rows)) for role in roles},
-        "layers": [
-            {
-                "layer": layer,
-                "neurons": len(rows),
-                "weights": {role: _mean(scores[role], rows) for role in roles},
-            }
-            for layer, rows in sorted(by_layer.items())
-        ],
-        "changed": _relabelled(a, b) if labels else [],
-    }
-
-
-def _scores(a: pa.Table, b: pa.Table, role: str) -> list[tuple[bool, float] | None]:
-    """For each neuron: whether the top token is the same, and the Jaccard index; None if one is missing."""
-    pairs = zip(a.column(f"{role}_tokens").to_pylist(), b.column(f"{role}_tokens").to_pylist(), strict=True)
-    scores: list[tuple[bool, float] | None] = []
-    for x, y in pairs:
-        if not x or not y:
-            scores.append(None)
-            continue
-        both = len(set(x) & set(y))
-        scores.append((x[0] == y[0], both / (len(set(x) | set(y)))))
-    return scores
-
-
-def _mean(scores: list[tuple[bool, float] | None], rows: Any) -> dict[str, float]:
-    kept = [score for row in rows if (score := scores[row]) is not None]
-    if not kept:
-        return {"same_top": float("nan"), "jaccard": float("nan")}
-    return {
-        "same_top": sum(same for same, _ in kept) / len(kept),
-        "jaccard": sum(overlap for _, overlap in kept) / len(kept),
-    }
-
-
-def _relabelled(a: pa.Table, b: pa.Table) -> list[dict[str, Any]]:
-    """The neurons specialised in the first atlas that have another label in the second, the best first."""
-    columns = ("neuron", "label", "specialised", "specialisation")
-    before = zip(*(a.column(name).to_pylist() for name in columns), strict=True)
-    changed = [
-        {"neuron": neuron, "before": label, "after": now, "specialisation": how}
-        for (neuron, label, special, how), now in zip(before, b.column("label").to_pylist(), strict=True)
-        if special and (label or "") != (now or "")
+def _cells(scores: list[tuple[Any, Any]]) -> list[str]:
+    return [
+        text
+        for same, overlap in scores
+        for text in (output.number(None if same is None else 100 * same, 1) + " %", output.number(overlap))
     ]
-    return sorted(changed, key=lambda row: -(row["specialisation"] or 0))
+
+
+def _changed(found: Diff, limit: int) -> None:
+    rows = found.changed.slice(0, limit).to_pylist()
+    output.say()
+    if not found.changed.num_rows:
+        return output.say("No neuron changed its label.")
+    count = output.plural(found.changed.num_rows, "neuron")
+    output.say(
+        f"{count} of {found.neurons:,} changed their label" + ("; the most specialised:" if rows else ".")
+    )
+    if not rows:
+        return
+    heads = [Column("neuron", style="bold cyan"), Column("before"), Column("after")]
+    special = "specialisation_before" in rows[0]
+    heads += [Column("special", "right"), Column("then", "right")] if special else []
+    lines = []
+    for row in rows:
+        line = [row["neuron"], output.clean(row["before"] or "–"), output.clean(row["after"] or "–")]
+        if special:
+            line += [output.number(row["specialisation_before"]), output.number(row["specialisation_after"])]
+        lines.append(line)
+    output.listing(heads, lines)

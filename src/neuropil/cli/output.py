@@ -112,14 +112,18 @@ def tokens(texts: Sequence[object] | None, limit: int | None = None) -> str:
 
 
 def number(value: Any, digits: int = 2, signed: bool = False) -> str:
-    """A number of fixed decimals with a true minus sign; a dash where there is none.
+    """A number of fixed decimals, a dash where there is none; on a terminal with a true minus sign.
 
     >>> number(-0.4567), number(None), number(3.0, signed=True)
-    ('−0.46', '–', '+3.00')
+    ('-0.46', '–', '+3.00')
     """
     if value is None or not math.isfinite(value):
         return "–"
-    return f"{value:{'+' if signed else ''}.{digits}f}".replace("-", "−")
+    return _minus(f"{value:{'+' if signed else ''}.{digits}f}")
+
+
+def _minus(text: str) -> str:
+    return text.replace("-", "−") if is_terminal() else text
 
 
 def share(part: float, whole: float) -> str:
@@ -146,7 +150,7 @@ def cell(value: Any) -> str:
     if isinstance(value, bool):
         return "yes" if value else "no"
     if isinstance(value, float):
-        return f"{value:.6g}".replace("-", "−") if math.isfinite(value) else str(value)
+        return _minus(f"{value:.6g}") if math.isfinite(value) else str(value)
     if isinstance(value, (list, tuple)):
         return ", ".join(token(item) if isinstance(item, str) else cell(item) for item in value)
     return clean(value)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from enum import StrEnum
 from typing import TYPE_CHECKING, Annotated
 
@@ -12,6 +13,7 @@ from neuropil.cli import output
 from neuropil.cli.app import AsJson, command, interruptible
 from neuropil.cli.output import Column
 from neuropil.cli.papers import PANEL
+from neuropil.errors import NeuropilError
 
 if TYPE_CHECKING:
     from neuropil.report import Report
@@ -37,6 +39,7 @@ def reproduce(
     slug: Annotated[str | None, typer.Argument(help="The paper's slug.", show_default="list them")] = None,
     scale: Annotated[Scale, typer.Option(help="How much is run.")] = Scale.default,
     everything: Annotated[bool, typer.Option("--all", help="Run every reproduction there is.")] = False,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Run again what is already there.")] = False,
     as_json: AsJson = False,
 ) -> None:
     """Run a paper's central claim again, against its baseline, and say whether it holds."""
@@ -46,17 +49,27 @@ def reproduce(
 
     if not slug and not everything:
         return _available(as_json)
-    slugs = list(harness.available()) if everything else [str(slug)]
     reports: list[Report] = []
-    with interruptible(lambda: f"Stopped; {output.plural(len(reports), 'finished report')} kept."):
-        for name in slugs:
-            output.note(f"{name}, scale {scale.value}")
-            reports.append(harness.reproduce(name, scale=scale.value))
+    failed = 0
+    with interruptible(lambda: "Stopped; every finished seed is kept. The same command goes on from there."):
+        runs: Iterable[tuple[str, Report | Exception]]
+        if everything:
+            runs = harness.run_all(scale.value, fresh=fresh)
+        else:
+            runs = [(str(slug), harness.reproduce(str(slug), scale=scale.value, fresh=fresh))]
+        for name, outcome in runs:
+            if isinstance(outcome, Exception):
+                failed += 1
+                output.note(f"{name}: {type(outcome).__name__}: {outcome}", style="red")
+                continue
+            reports.append(outcome)
             if not as_json:
-                _shown(reports[-1])
+                _shown(outcome)
     if as_json:
         facts = [json.loads(report.to_json()) for report in reports]
         output.as_json(facts if everything else facts[0])
+    if failed:
+        raise NeuropilError(f"{output.plural(failed, 'reproduction')} did not finish; see above.")
 
 
 def _available(as_json: bool) -> None:

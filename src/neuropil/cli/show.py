@@ -56,8 +56,8 @@ def _label(row: dict[str, Any]) -> Text:
     if not row["label"]:
         return Text("stands for no word", style="dim")
     said = Text.assemble("stands for ", (output.clean(row["label"]), "bold"))
-    sides = {1: "its up row points towards it", -1: "its up row points away from it"}
-    said.append(f"; {sides.get(row.get('label_sign') or 0, 'found in its up row')}")
+    ways = {1: "points towards it", -1: "points away from it"}
+    said.append(f"; its {row.get('label_from') or 'up'} vector {ways.get(row.get('label_sign') or 1)}")
     if row.get("specialisation") is not None:
         times = output.number(row["specialisation"])
         yes = "specialised" if row.get("specialised") else "not specialised"
