@@ -52,8 +52,9 @@ class Summary:
 
 
 def default_path(model: Model) -> Path:
-    """`atlases/<model name>`, the name made fit for a folder."""
-    name = "".join(sign if sign.isalnum() or sign in "-_." else "-" for sign in model.name).strip("-.")
+    """`atlases/<model name>`: the last part of its path or hub name, made fit for a folder."""
+    name = Path(model.name).resolve().name.removesuffix(".gguf")
+    name = "".join(sign if sign.isalnum() or sign in "-_." else "-" for sign in name).strip("-.")
     return Path("atlases") / (name or "model")
 
 

@@ -204,10 +204,11 @@ app = typer.Typer(
 )
 
 
-def _version(value: bool) -> None:
+def _version(value: bool) -> bool:
     if value:
         typer.echo(f"neuropil {__version__}")
         raise typer.Exit()
+    return value
 
 
 @app.callback()

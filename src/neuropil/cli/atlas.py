@@ -95,6 +95,10 @@ def atlas(
 
     loaded = load_model(model)
     path = out or default_path(loaded)
+    if main_rank() and (path / "manifest.json").exists():
+        output.note(
+            f"{path} is there: what it has is kept ({_parts(path)})" if not overwrite else f"{path} is there"
+        )
     options = _changed(weights, top, causal, prompts)
     again = " ".join(["neuropil atlas", quoted(model), "--out", quoted(str(path)), *options])
     if main_rank():
@@ -137,11 +141,15 @@ def quoted(text: str) -> str:
 
 def _stopped(path: Path, again: str) -> str:
     """What a Ctrl-C left on disk, and how to go on."""
-    kept = {group.name: len(list(group.glob("*.parquet"))) for group in sorted((path / "parts").glob("*"))}
-    if not any(kept.values()):
+    if not (parts := _parts(path)):
         return f"Stopped before the first layer was finished. To start again:\n  {again}"
-    parts = ", ".join(f"{count} of {name}" for name, count in kept.items() if count)
     return f"Stopped. {path} keeps every finished layer ({parts}). To go on from there:\n  {again}"
+
+
+def _parts(path: Path) -> str:
+    """How many layers of each group are on disk."""
+    kept = {group: len(list((path / "parts" / group).glob("*.parquet"))) for group in ("decode", "causal")}
+    return ", ".join(f"{group} {count}" for group, count in kept.items() if count)
 
 
 def summarise(summary: Summary, model: str) -> None:
@@ -176,7 +184,7 @@ def _confirmed(summary: Summary) -> str:
     return text
 
 
-def duration(seconds: float) -> str:
+def duration(seconds: float | int) -> str:
     """
     >>> duration(3.21), duration(187), duration(7325)
     ('3.2 s', '3 min 7 s', '2 h 2 min')
@@ -187,7 +195,7 @@ def duration(seconds: float) -> str:
     return f"{minutes} min {rest} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
 
 
-def size(count: float) -> str:
+def size(count: float | int) -> str:
     """
     >>> size(812), size(23_400_000)
     ('812 B', '23.4 MB')

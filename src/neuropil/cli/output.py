@@ -126,7 +126,7 @@ def _minus(text: str) -> str:
     return text.replace("-", "−") if is_terminal() else text
 
 
-def share(part: float, whole: float) -> str:
+def share(part: int, whole: int) -> str:
     """A percentage.
 
     >>> share(1, 8), share(0, 0)

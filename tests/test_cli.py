@@ -1,0 +1,393 @@
+"""The command line: what it says, where it says it, and how it ends."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from atlas_factory import tiny_atlas
+from typer.testing import CliRunner
+
+from neuropil.atlas import Atlas
+from neuropil.cli import app, docs
+from neuropil.cli.app import ORDER
+
+WORDS = [
+    "dog",
+    "dogs",
+    "cat",
+    "cats",
+    "sun",
+    "moon",
+    "king",
+    "queen",
+    "red",
+    "green",
+    "river",
+    "water",
+    "bank",
+    "money",
+    "song",
+    "tree",
+    "the",
+    "a",
+    "is",
+    "of",
+]
+
+
+@pytest.fixture(scope="session")
+def net(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small random Llama with a tokenizer, as `save_pretrained` leaves it."""
+    return save(tmp_path_factory.mktemp("models") / "tiny", layers=3)
+
+
+@pytest.fixture(scope="session")
+def mapped(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_atlas(tmp_path_factory.mktemp("atlases") / "one")
+
+
+@pytest.fixture(scope="session")
+def other(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_atlas(tmp_path_factory.mktemp("atlases") / "two", seed=1)
+
+
+def save(path: Path, layers: int, spoil: float | None = None) -> Path:
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    vocabulary = {word: i for i, word in enumerate(["<unk>", "<end>", *WORDS])}
+    words = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=layers,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        vocab_size=len(vocabulary),
+        bos_token_id=1,
+        eos_token_id=1,
+        pad_token_id=1,
+    )
+    net = LlamaForCausalLM(config)
+    if spoil is not None:
+        with torch.no_grad():
+            net.model.layers[1].mlp.up_proj.weight[3, 2] = spoil
+    net.save_pretrained(path)
+    PreTrainedTokenizerFast(tokenizer_object=words, unk_token="<unk>", eos_token="<end>").save_pretrained(
+        path
+    )
+    return path
+
+
+def run(*arguments: object, **settings: Any) -> Any:
+    return CliRunner().invoke(app, [str(argument) for argument in arguments], **settings)
+
+
+def process(*arguments: object, **settings: Any) -> subprocess.Popen[str]:
+    """The real program; one thread, and output as a pipe."""
+    settings["env"] = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", **settings.pop("env", {})}
+    command = [sys.executable, "-m", "neuropil", *(str(argument) for argument in arguments)]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen(command, **{**pipes, **settings})
+
+
+def said_no_traceback(result: Any, code: int) -> str:
+    """The error's sentence: on stderr alone, without a traceback, under this exit code."""
+    assert result.exit_code == code, result.stderr
+    assert result.stdout == ""
+    assert "Traceback" not in result.stderr
+    return str(result.stderr[result.stderr.index("error: ") :])
+
+
+# ------------------------------------------------------------------------------------------------------ help
+
+
+def test_help_needs_none_of_the_heavy_libraries() -> None:
+    heavy = ["torch", "transformers", "pyarrow", "duckdb", "numpy", "fastapi", "matplotlib", "sklearn"]
+    script = (
+        "import sys\nfrom neuropil.cli import app\n"
+        "try: app(['--help'])\nexcept SystemExit as end: assert end.code == 0\n"
+        f"print('loaded:', [name for name in {heavy} if name in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert "loaded: []" in done.stdout
+    assert "neuropil find atlases/smollm2" in done.stdout
+
+
+@pytest.mark.parametrize("name", ORDER)
+def test_every_command_has_help_with_examples(name: str) -> None:
+    result = run(name, "--help", terminal_width=100)
+    assert result.exit_code == 0
+    assert "Examples" in result.stdout
+    assert f"neuropil {name}" in result.stdout.split("Examples")[1]
+
+
+def test_version() -> None:
+    from neuropil import __version__
+
+    assert run("--version").stdout == f"neuropil {__version__}\n"
+
+
+def test_the_page_of_the_documentation_is_what_the_commands_say() -> None:
+    page = Path(__file__).parent.parent / "docs" / "cli.md"
+    assert page.read_text(encoding="utf-8") == docs.page(), f"run: python -m neuropil.cli.docs {page}"
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["nonsense"],
+        ["find"],
+        ["show", "somewhere"],
+        ["atlas", "--weights", "up,sideways"],
+        ["atlas", "--weights", ","],
+        ["atlas", "--top", "0"],
+        ["atlas", "--prompts", "/nowhere/prompts.txt"],
+        ["clamp", "smollm2", "--prompt", "x"],
+        ["clamp", "29:808=hot", "--prompt", "x"],
+        ["clamp", "29:808=nan", "--prompt", "x"],
+        ["clamp", "29:808=3"],
+        ["clamp", "29:808=3", "--prompt", "x", "--where", "gate"],
+        ["query", "somewhere"],
+        ["reproduce", "neuron-decoding", "--all"],
+        ["reproduce", "--scale", "huge"],
+    ],
+)
+def test_wrong_calls_end_with_2_and_say_so_on_stderr(arguments: list[str]) -> None:
+    result = run(*arguments)
+    assert result.exit_code == 2
+    assert result.stdout == ""
+    assert "Error" in result.stderr
+
+
+def test_an_empty_file_of_prompts_is_a_wrong_call(tmp_path: Path) -> None:
+    for content in (b"\n  \n", b"\xff\xfe\x00"):
+        (tmp_path / "prompts.txt").write_bytes(content)
+        result = run("atlas", "--prompts", tmp_path / "prompts.txt")
+        assert result.exit_code == 2
+        assert "prompt" in result.stderr
+
+
+# -------------------------------------------------------------------------------------------- reading an atlas
+
+
+def test_find_lists_the_planted_neuron_first(mapped: Path) -> None:
+    result = run("find", mapped, "dog")
+    head, first, *_ = result.stdout.splitlines()
+    assert head.split()[:2] == ["neuron", "label"]
+    assert first.split()[:3] == ["0:0", "dog", "token"]
+    assert "suppresses" in first
+
+
+def test_find_as_json_agrees_with_the_atlas(mapped: Path) -> None:
+    rows = json.loads(run("find", mapped, "dog", "--limit", 5, "--json").stdout)
+    assert len(rows) == 5
+    assert rows[0]["neuron"] == "0:0"
+    with Atlas.open(mapped) as atlas:
+        truth = atlas.neuron("0:0")
+    assert rows[0]["effect_se"] == pytest.approx(truth["effect_se"])
+    assert rows[0]["cos_down"] == pytest.approx(truth["cos_down"])
+
+
+def test_find_nothing_is_no_error(mapped: Path) -> None:
+    result = run("find", mapped, "zzqqxx")
+    assert result.exit_code == 0
+    assert json.loads(run("find", mapped, "zzqqxx", "--json").stdout) == []
+    assert "zzqqxx" in result.stderr or result.stdout  # by meaning, even this may be near something
+
+
+def test_show_says_the_label_the_effect_and_the_tokens(mapped: Path) -> None:
+    text = run("show", mapped, "0:0").stdout
+    with Atlas.open(mapped) as atlas:
+        row = atlas.neuron("0:0")
+    assert "stands for dog" in text
+    assert f"{row['effect']:+.2f} ± {row['effect_se']:.2f}" in text
+    for role in ("up", "gate", "down"):
+        assert ", ".join(token.strip() or repr(token) for token in row[f"{role}_tokens"])[:8] in text
+    assert json.loads(run("show", mapped, "model.layers.0.mlp:0", "--json").stdout)["neuron"] == "0:0"
+
+
+def test_show_lists_the_columns_of_other_methods(tmp_path: Path) -> None:
+    path = tiny_atlas(tmp_path / "atlas")
+    with Atlas.open(path, write=True) as atlas:
+        atlas.add("bricks", lambda site: {"brick": torch.arange(site.width)}, settings={}, progress=False)
+    assert re.search(r"^brick +7$", run("show", path, "1:7").stdout, re.M)
+
+
+def test_query_prints_aligned_columns_and_json(mapped: Path) -> None:
+    sql = "SELECT layer, count(*) AS n, list(neuron ORDER BY index)[1:2] AS who FROM neurons GROUP BY 1 ORDER BY 1"
+    lines = run("query", mapped, sql).stdout.splitlines()
+    assert lines == [
+        "layer   n  who",
+        "    0  16  0:0, 0:1",
+        "    1  16  1:0, 1:1",
+        "    2  16  2:0, 2:1",
+    ]
+    rows = json.loads(run("query", mapped, sql, "--json", "--limit", 1).stdout)
+    assert rows == [{"layer": 0, "n": 16, "who": ["0:0", "0:1"]}]
+
+
+def test_query_json_has_no_nan_and_keeps_columns_of_one_name(mapped: Path) -> None:
+    sql = "SELECT 'nan'::FLOAT AS x, 'inf'::FLOAT AS y, 1 AS z, 2 AS z"
+    assert json.loads(run("query", mapped, sql, "--json").stdout) == [
+        {"x": None, "y": None, "z": 1, "z_2": 2}
+    ]
+
+
+def test_query_lists_the_columns(mapped: Path) -> None:
+    rows = json.loads(run("query", mapped, "--columns", "--json").stdout)
+    assert {"column": "specialised", "type": "BOOLEAN"} in rows
+
+
+def test_nothing_that_was_read_can_act_on_the_terminal(mapped: Path) -> None:
+    text = run(
+        "query", mapped, "SELECT chr(27) || '[31mred' AS a, '[bold]b[/bold]' AS b, chr(10) AS c"
+    ).stdout
+    assert "\x1b" not in text
+    assert "\\x1b[31mred" in text
+    assert "[bold]b[/bold]" in text
+    assert "\\n" in text
+
+
+def test_a_pipe_gets_every_column_whole(mapped: Path) -> None:
+    done = process(
+        "query", mapped, f"SELECT '{'x' * 500}' AS a, repeat('y', 400) AS b", env={"COLUMNS": "40"}
+    )
+    out, err = done.communicate(timeout=60)
+    assert done.returncode == 0
+    assert err == ""
+    assert out.splitlines()[1] == "x" * 500 + "  " + "y" * 400
+
+
+def test_diff_agrees_with_the_library(mapped: Path, other: Path) -> None:
+    from neuropil.atlas import diff
+
+    with Atlas.open(mapped) as one, Atlas.open(other) as two:
+        truth = diff(one, two)
+    found = json.loads(run("diff", mapped, other, "--json", "--limit", 3).stdout)
+    assert found["same"] == pytest.approx(truth.same)
+    assert found["changed_neurons"] == truth.changed.num_rows > 3
+    assert len(found["changed"]) == 3
+    last = next(line for line in run("diff", mapped, other).stdout.splitlines() if line.startswith("all"))
+    assert f"{100 * truth.same['up']:.1f} %" in last
+
+
+def test_diff_with_itself_finds_no_change(mapped: Path) -> None:
+    text = run("diff", mapped, mapped).stdout
+    assert "100.0 %" in text
+    assert "No neuron changed its label." in text
+
+
+# ------------------------------------------------------------------------------------------------------ errors
+
+
+def test_a_folder_that_is_no_atlas(tmp_path: Path) -> None:
+    for command in (["find", tmp_path, "dog"], ["show", tmp_path, "0:0"], ["explore", tmp_path]):
+        assert "no atlas" in said_no_traceback(run(*command), 7)
+
+
+def test_an_unknown_neuron(mapped: Path, net: Path) -> None:
+    assert "0 to 15" in said_no_traceback(run("show", mapped, "0:99"), 6)
+    said_no_traceback(run("show", mapped, "cats"), 6)
+    assert "0 to 2" in said_no_traceback(run("clamp", net, "7:0=1", "--prompt", "dog"), 6)
+
+
+def test_sql_that_fails(mapped: Path) -> None:
+    assert "labl" in said_no_traceback(run("query", mapped, "SELECT labl FROM neurons"), 9)
+    said_no_traceback(run("query", mapped, "DROP TABLE neurons"), 9)
+
+
+def test_a_truncated_part_is_named(tmp_path: Path) -> None:
+    path = tiny_atlas(tmp_path / "atlas")
+    part = path / "parts" / "decode" / "00001.parquet"
+    part.write_bytes(part.read_bytes()[:-100])
+    assert "00001.parquet" in said_no_traceback(run("find", path, "dog"), 7)
+
+
+def test_a_model_that_is_not_there(tmp_path: Path) -> None:
+    assert "nowhere" in said_no_traceback(run("atlas", tmp_path / "nowhere", "--out", tmp_path / "a"), 3)
+    assert "no-such/model" in said_no_traceback(run("atlas", "no-such/model", "--out", tmp_path / "a"), 4)
+
+
+def test_a_corrupt_model_file(tmp_path: Path) -> None:
+    path = save(tmp_path / "net", layers=2)
+    (path / "model.safetensors").write_bytes((path / "model.safetensors").read_bytes()[:2000])
+    assert "model.safetensors" in said_no_traceback(run("atlas", path, "--out", tmp_path / "a"), 3)
+    (tmp_path / "x.gguf").write_bytes(b"GGUF" + bytes(12))
+    said_no_traceback(run("atlas", tmp_path / "x.gguf", "--out", tmp_path / "b"), 3)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_no_numbers(tmp_path: Path, value: float) -> None:
+    path = save(tmp_path / "net", layers=2, spoil=value)
+    said = said_no_traceback(run("atlas", path, "--out", tmp_path / "a", "--no-causal"), 3)
+    assert "model.layers.1.mlp.up_proj.weight" in said
+
+
+def test_a_model_without_mlps(tmp_path: Path) -> None:
+    from transformers import MambaConfig, MambaForCausalLM
+
+    MambaForCausalLM(MambaConfig(hidden_size=8, num_hidden_layers=1, vocab_size=20)).save_pretrained(
+        tmp_path / "net"
+    )
+    said_no_traceback(run("atlas", tmp_path / "net", "--out", tmp_path / "a"), 5)
+
+
+def test_another_process_is_writing(net: Path, tmp_path: Path) -> None:
+    from neuropil.models import load
+
+    with Atlas.create(tmp_path / "a", load(net)):
+        said = said_no_traceback(run("atlas", net, "--out", tmp_path / "a"), 8)
+    assert str(os.getpid()) in said
+
+
+def test_the_traceback_is_shown_when_asked_for(tmp_path: Path) -> None:
+    for asked in (run("find", tmp_path, "dog", "--debug"), run("--debug", "find", tmp_path, "dog")):
+        assert "Traceback" in asked.stderr
+        assert asked.exit_code == 7
+    assert "Traceback" in run("find", tmp_path, "dog", env={"NEUROPIL_DEBUG": "1"}).stderr
+    assert "Traceback" not in run("find", tmp_path, "dog").stderr
+
+
+# ---------------------------------------------------------------------------------------------------- building
+
+
+def test_atlas_maps_the_model_and_says_what_came_of_it(net: Path, tmp_path: Path) -> None:
+    path = tmp_path / "atlas"
+    result = run("atlas", net, "--out", path, "--top", 4)
+    assert result.exit_code == 0, result.stderr
+    with Atlas.open(path) as atlas:
+        truth = atlas.query(
+            "SELECT count(*) AS n, count(*) FILTER (specialised) AS s, count(*) FILTER (confirmed) AS c FROM neurons"
+        ).to_pylist()[0]
+        assert len(atlas.neuron("1:3")["up_tokens"]) == 4
+    assert truth["n"] == 72
+    assert re.search(r"neurons mapped +72 in 3 layers", result.stdout)
+    assert re.search(rf"specialised +{truth['s']} ", result.stdout)
+    assert re.search(rf"causally confirmed +{truth['c']} ", result.stdout)
+    # The commands it ends with work as they are printed.
+    import shlex
+
+    for line in re.findall(r"^  neuropil ((?:find|query) .*)$", result.stdout, re.M):
+        assert run(*shlex.split(line)).exit_code == 0
+
+    again = json.loads(run("atlas", net, "--out", path, "--top", 4, "--json").stdout)
+    assert (again["neurons"], again["specialised"], again["confirmed"]) == (72, truth["s"], truth["c"])
+    assert again["promotes"] + again["suppresses"] == again["confirmed"]
+    other = run("atlas", net, "--out", path, "--top", 5, "--json")
+    assert "top_k" in said_no_traceback(other, 7)
+    assert json.loads(
+        run("atlas", net, "--out", path, "--top", 5, "--no-causal", "--overwrite", "--json").stdout
+    )
+    with Atlas.open(path) as atlas:
+        assert len(atlas.neuron("1:3")["up_tokens"]) == 5
