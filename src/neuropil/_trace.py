@@ -169,9 +169,10 @@ class Trace(TorchDispatchMode):
         foreign = any(v.foreign for v in values)
         if not live:
             scale = name not in _MATMUL and any(v.scale for v in values)
-            if foreign or scale:
-                for o in outs:
-                    self.mark(o, Value(foreign=foreign, scale=scale))
+            for o in outs:
+                self.mark(o, Value(foreign=foreign, scale=scale))
+                if not foreign:  # made of parameters and constants: a formula may need it
+                    self.keep(func, args, kwargs, o)
             return
         if name in _MOVES:
             self.move(func, args, kwargs, out, self.value(args[0]))
@@ -207,7 +208,9 @@ class Trace(TorchDispatchMode):
                 if name is not None:
                     return Parameter(name)
                 value = self.values.get(id(a))
-                return Ref(value.node) if value is not None and value.node >= 0 else (a if a.numel() < 65 else None)
+                if value is not None and value.node >= 0:
+                    return Ref(value.node)
+                return a.detach().clone() if a.device.type != "meta" and a.numel() < 65 else None
             if isinstance(a, list | tuple):
                 return type(a)(ref(b) for b in a)
             return a
@@ -494,7 +497,10 @@ class Formula:
                     return type(a)(resolve(b) for b in a)
                 return a
 
-            out = step.func(*resolve(step.args), **{k: resolve(v) for k, v in step.kwargs.items()})
+            kwargs = {k: resolve(v) for k, v in step.kwargs.items()}
+            if kwargs.get("device") is not None:
+                kwargs["device"] = next(iter(projections.values())).device
+            out = step.func(*resolve(step.args), **kwargs)
             return out[0] if isinstance(out, list | tuple) else out
 
         def own(p: Tensor, role: str | None) -> Tensor:
