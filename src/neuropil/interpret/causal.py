@@ -1,40 +1,44 @@
 """Does the neuron move the word it is named after? A causal check of every label.
 
-A label read off a neuron's weights is a claim. `CausalCheck` tests it: the neuron is clamped up and down at the last
-position of some prompts, and the change of its label's tokens is laid beside that of matched random tokens.
+A label read off a neuron's weights is a claim. `CausalCheck` tests it: the neuron is clamped up and down at
+the last position of some prompts, and the change of its label's tokens is laid beside that of matched
+random tokens.
 
-**What is measured.** Logits are centred, `c_t = logit_t - mean over the vocabulary`, so that a shift of all logits, which
-changes no probability, counts nothing. For neuron `n`, prompt `p` and token `t`,
+**What is measured.** Logits are centred, `c_t = logit_t - mean over the vocabulary`, so that a shift of all
+logits, which changes no probability, counts nothing. For neuron `n`, prompt `p` and token `t`,
 
     effect = (c_t[h_n := +v] - c_t[h_n := -v]) / 2,     averaged over the label's tokens, then over prompts;
 
-`effect_up` and `effect_down` are the changes against the unclamped run. `v` (`clamp_value`) is the neuron's own largest
-|activation| on the prompts' tokens, their first tokens aside (these carry outliers a hundred times larger in many models),
-but at least a tenth of the site's median: the push stays within the range that the neuron uses. With `clamp="up"` the output
-of the up-projection is set to +-30 instead, as in the paper, and a closed gate stays closed.
+`effect_up` and `effect_down` are the changes against the unclamped run. `v` (`clamp_value`) is the neuron's
+own largest |activation| on the prompts' tokens, their first tokens aside (these carry outliers a hundred
+times larger in many models), but at least a tenth of the site's median: the push stays within the range
+that the neuron uses. With `clamp="up"` the output of the up-projection is set to +-30 instead, as in the
+paper, and a closed gate stays closed.
 
-**Controls.** Each neuron has its own 24 random tokens, matched to its label's by token number and row norm
+**Controls.** Each neuron has its own 16 random tokens, matched to its label's by token number and row norm
 (`neuropil.interpret.controls`).
 
-**Verdict.** Written before any run. Let d_p = label's effect - mean effect of its controls, on prompt p. A label is
-confirmed if both of two hypotheses are rejected, that is, if the larger of two p-values passes the
+**Verdict.** Written before any run. Let d_p = label's effect - mean effect of its controls, on prompt p. A
+label is confirmed if both of two hypotheses are rejected, that is, if the larger of two p-values passes the
 Benjamini-Hochberg rule at 5% within the site, and if the effect has the sign of d:
 
 1. "over prompts the mean of d is zero": t-test with the variance moderated over the site's neurons, d being
    measured in units of the controls' spread;
-2. "the label's token is one more random token": the label's effect lies within the spread of its own controls.
+2. "the label's token is one more random token": the label's effect lies within the spread of its own
+   controls.
 
 The verdict is then "promotes" (effect > 0) or "suppresses" (effect < 0), else "no effect".
 
-**Its error rate is measured, not assumed.** Beside its own label every neuron is given that of another neuron of
-its site, drawn at random, with controls matched to it. `shuffled_confirmed` says whether it would have been confirmed under
-the same p-value limit. Its mean is the false positive rate; over the mean of `confirmed` it estimates the false discovery rate.
+**Its error rate is measured, not assumed.** Beside its own label every neuron is given that of another
+neuron of its site, drawn at random, with controls matched to it. `shuffled_confirmed` says whether it would
+have been confirmed under the same p-value limit. Its mean is the false positive rate; over the mean of
+`confirmed` it estimates the false discovery rate.
 
-**Cost.** Two rows a neuron and prompt, each through the blocks above its own alone (`neuropil.interpret.replay`). Memory: the
-model, and about `rows` times 60 rows of the head.
+**Cost.** Two rows a neuron and prompt, each through the blocks above its own alone
+(`neuropil.interpret.replay`). Memory: the model, and about `rows` times 25 rows of the head.
 
-Source of the clamping: Davies 2025, "Decoding specialised feature neurons in LLMs with the final projection layer"
-(arXiv 2501.02688). The controls, the standard errors and the verdict are ours.
+Source of the clamping: Davies 2025, "Decoding specialised feature neurons in LLMs with the final projection
+layer" (arXiv 2501.02688). The controls, the standard errors and the verdict are ours.
 """
 
 from __future__ import annotations
@@ -51,7 +55,7 @@ from torch import Tensor
 
 from neuropil.errors import ModelError, NeuropilError
 from neuropil.interpret.controls import MatchedTokens
-from neuropil.interpret.replay import Replay, choose_way
+from neuropil.interpret.replay import WAYS, Replay, choose_way, run_to_head
 from neuropil.interpret.verdict import beyond_controls, moderated_t, step_up
 from neuropil.neurons import Site, capture
 
@@ -60,7 +64,7 @@ if TYPE_CHECKING:
 
 __all__ = ["CausalCheck", "neutral_prompts"]
 
-CONTROLS = 24
+CONTROLS = 16
 MAX_VARIANTS = 8  # label tokens that count; the best scored come first
 RATE = 0.05
 FLOOR = 0.1  # of the site's median: the least a neuron is pushed
@@ -80,8 +84,8 @@ def neutral_prompts() -> list[str]:
 class CausalCheck:
     """Clamp every neuron of a site up and down and test its label; see the module's docstring for the rule.
 
-    `prompts` are texts (or lists of token ids); the first `n_prompts` are clamped, all of them measure the natural range.
-    `rows` is how many runs share a batch; results do not depend on it beyond rounding.
+    `prompts` are texts (or lists of token ids); the first `n_prompts` are clamped, all of them measure the
+    natural range. `rows` is how many runs share a batch; results do not depend on it beyond rounding.
 
     Raises ModelError for a model without an output head, NeuropilError for unusable prompts.
     """
@@ -101,7 +105,7 @@ class CausalCheck:
             raise ValueError(f"clamp={clamp!r}: expected 'hidden' (input of the down-projection) or 'up'")
         self.model, self.clamp, self.controls, self.rows, self.seed = model, clamp, controls, rows, seed
         self.value = UP_VALUE if clamp == "up" and value is None else value
-        self.prompts = list(neutral_prompts() if prompts is None else prompts)
+        self.prompts: list[Any] = list(neutral_prompts() if prompts is None else prompts)
         self.ids = [self._tokenize(prompt) for prompt in self.prompts]
         self.n_prompts = min(n_prompts, len(self.ids))
         if self.n_prompts < 2:
@@ -128,14 +132,25 @@ class CausalCheck:
 
     @cached_property
     def ways(self) -> dict[str, list[int]]:
-        """How each site is run ("replay", "rows" or "plain"), found by comparing with the plain way on four rows."""
-        found: dict[str, list[int]] = {}
+        """Numbers of the sites that are run by "replay", by "rows" and by "plain".
+
+        Of the sites that lie in blocks of one class, the first, the middle and the last are compared with
+        the plain way; all are run by the slowest way that any of them needs.
+        """
+        alike: dict[str, list[Site]] = {}
         for site in self.model.sites:
-            neurons = torch.tensor([0, 0, site.width - 1, site.width - 1])
-            signs = torch.tensor([1.0, -1.0, 1.0, -1.0])
-            values = self._natural(site)[neurons] * signs
-            found.setdefault(choose_way(self._replays[0], site, neurons, values), []).append(site.number)
-        return found
+            alike.setdefault(self._replays[0].likeness(site), []).append(site)
+        found: dict[str, list[int]] = {way: [] for way in WAYS}
+        for sites in alike.values():
+            tried = {number: sites[number] for number in (0, len(sites) // 2, len(sites) - 1)}
+            slowest = max((self._way(site) for site in tried.values()), key=WAYS.index)
+            found[slowest] += [site.number for site in sites]
+        return {way: sorted(numbers) for way, numbers in found.items() if numbers}
+
+    def _way(self, site: Site) -> str:
+        neurons = torch.tensor([0, site.width - 1])
+        values = self._natural(site)[neurons] * torch.tensor([1.0, -1.0])
+        return choose_way(self._replays[0], site, neurons, values)
 
     def columns(
         self,
@@ -145,9 +160,10 @@ class CausalCheck:
     ) -> dict[str, Any]:
         """The columns of group "causal" for one site: name -> array with one entry a neuron.
 
-        `decoded` holds `label_token` (one token id a neuron, negative for none) and `label_tokens` (a list of ids a
-        neuron, may be empty). `on_step(done, total)` is called after each batch, with rows as the unit. A neuron without a label has
-        NaN effects and the verdict "no effect". The answer depends on the site alone, not on sites done before.
+        `decoded` holds `label_token` (one token id a neuron, negative for none) and `label_tokens` (a list
+        of ids a neuron, may be empty). `on_step(done, total)` is called after each batch, with rows as the
+        unit. A neuron without a label has NaN effects and the verdict "no effect". The answer depends on
+        the site alone, not on sites done before.
         """
         labels, counts = self._labels(site, decoded)
         other = self._shuffled(site, labels, counts)
@@ -160,7 +176,7 @@ class CausalCheck:
         null = _Tested(half[:, width:], counts[other], labels.shape[1])
         return self._table(own, null, _label_mean(up, counts), _label_mean(down, counts), values)
 
-    # -- running the model ---------------------------------------------------------------------------------------
+    # -- running the model ------------------------------------------------------------------------------
 
     def _effects(
         self,
@@ -169,7 +185,8 @@ class CausalCheck:
         n_labels: int,
         on_step: Callable[[int, int], None] | None,
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-        """Changes of centred logits: half the difference [width, t, prompts], up and down [width, labels, prompts]."""
+        """Changes of centred logits: half the difference between up and down, [width, t, prompts]; for labels
+        alone also up and down, [width, labels, prompts]; and the values the neurons were set to."""
         way = next(way for way, numbers in self.ways.items() if site.number in numbers)
         pushes = [self._pushes(replay, site) for replay in self._replays]
         chunk = max(self.rows // 2, 1)
@@ -220,14 +237,15 @@ class CausalCheck:
         """Largest |activation| of every neuron over the prompts' tokens, the first of each prompt aside."""
         module, sites = self.model.module(), self.model.sites
         largest = {site.name: torch.zeros(site.width) for site in sites}
-        for ids in self.ids:
+        for length in sorted({len(ids) for ids in self.ids}):
+            batch = torch.tensor([ids for ids in self.ids if len(ids) == length])
             with torch.inference_mode(), capture(module, sites) as seen:
-                module(input_ids=torch.tensor([ids]))
+                run_to_head(module, input_ids=batch)
             for site in sites:
                 if site.name in seen:
                     h = seen[site.name].reshape(-1, site.width).abs()
-                    # An expert sees some of the tokens only, and which is not known here.
-                    h = h if site.kind == "expert" else h[1:]
+                    if site.kind != "expert":  # an expert sees some of the tokens; which, is not known here
+                        h = h.reshape(len(batch), length, site.width)[:, 1:].flatten(0, 1)
                     if len(h):
                         largest[site.name] = torch.maximum(largest[site.name], h.amax(0).float())
         return largest
@@ -243,7 +261,7 @@ class CausalCheck:
             raise NeuropilError(f"prompt {prompt!r} has {len(ids)} tokens; the causal check needs at least 2")
         return ids
 
-    # -- labels and their controls -------------------------------------------------------------------------------
+    # -- labels and their controls ----------------------------------------------------------------------
 
     def _labels(self, site: Site, decoded: Mapping[str, Sequence[Any]]) -> tuple[Tensor, Tensor]:
         """Label tokens padded with 0, [width, most], and how many each neuron has (0: no label)."""
@@ -260,7 +278,7 @@ class CausalCheck:
         return labels, torch.tensor([len(tokens) for tokens in own])
 
     def _shuffled(self, site: Site, labels: Tensor, counts: Tensor) -> Int[Tensor, " width"]:
-        """For each neuron another one of the site, drawn at random, whose label is another word where possible."""
+        """For each neuron another one of its site, drawn at random, labelled by another word if possible."""
         generator = torch.Generator().manual_seed(self._seed(-1 - site.number))
         labelled = counts.nonzero().flatten()
         other = torch.arange(site.width)
@@ -282,9 +300,11 @@ class CausalCheck:
     def _seed(self, stream: int) -> int:
         return int(np.random.SeedSequence([self.seed, stream + 2**31]).generate_state(1)[0])
 
-    # -- verdict -------------------------------------------------------------------------------------------------
+    # -- verdict ----------------------------------------------------------------------------------------
 
-    def _table(self, own: _Tested, null: _Tested, up: Tensor, down: Tensor, values: Tensor) -> dict[str, Any]:
+    def _table(
+        self, own: _Tested, null: _Tested, up: np.ndarray, down: np.ndarray, values: np.ndarray
+    ) -> dict[str, Any]:
         limit = step_up(own.p, RATE)
         confirmed = own.passes(limit)
         sign = np.where(own.mean > 0, "promotes", "suppresses")
@@ -309,7 +329,7 @@ class CausalCheck:
 
 
 class _Tested:
-    """Effects of one set of labels and their controls, [width, labels + controls, prompts], and their test."""
+    """Effects of one set of labels and of their controls, `[width, labels + controls, prompts]`, tested."""
 
     def __init__(self, half: np.ndarray, counts: Tensor, n_labels: int) -> None:
         half = half.astype(np.float64)
@@ -333,7 +353,7 @@ class _Tested:
 
 
 def _label_mean(x: np.ndarray, counts: Tensor) -> np.ndarray:
-    """Mean over the first `counts` entries of axis 1: [width, labels, prompts] -> [width, prompts]; NaN for none."""
+    """Mean over the first `counts` labels, [width, labels, prompts] -> [width, prompts]; NaN for none."""
     n = counts.numpy()[:, None]
     keep = (np.arange(x.shape[1])[None, :] < n)[..., None]
     with np.errstate(invalid="ignore"):

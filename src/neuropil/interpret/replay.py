@@ -1,19 +1,23 @@
 """Run a model again from one block upwards, many times, each time with another neuron set.
 
-A clamp at the last position of a prompt leaves three things as they were: the keys and values of all positions before
-it, the blocks below the clamped one, and the clamped block up to its activation. `Replay` records them once
-and computes the rest alone. Row `i` of a batch is the same prompt with neuron `n_i` at value `v_i`:
+A clamp at the last position of a prompt leaves three things as they were: the keys and values of all
+positions before it, the blocks below the clamped one, and the clamped block up to its activation. `Replay`
+records them once and computes the rest alone. Row `i` of a batch is the same prompt with neuron `n_i` at
+value `v_i`:
 
     y_i = y + (v_i - h[n_i]) W_down[:, n_i]        what the clamped MLP writes; h and y are the clean run's
 
-The blocks above then run on a batch of `[rows, 1, d]` against prefix keys and values that all rows share. The vocabulary
-is never computed: what is returned is the input of the output head.
+The blocks above then run on a batch of `[rows, 1, d]` against prefix keys and values that all rows share.
+The vocabulary is never computed: what is returned is the input of the output head.
 
 Three ways are kept, from fast to plain, and each site takes the first one that agrees with the plain one:
 
-- `replay`  as above; needs blocks in one ModuleList, each run once and in order, and a linear down-projection;
-- `rows`    the last position through all blocks on the cached prefix, with `neurons.clamp`; the only one for experts;
-- `plain`   the whole prompt through the whole model, with `neurons.clamp`; no cache needed.
+- `replay`  as above; needs blocks in one ModuleList, each run once and in order, and a linear
+  down-projection;
+- `rows`    the last position through all blocks on the cached prefix, each row with its own clamp; what
+  experts need;
+- `plain`   the whole prompt through the whole model, with `neurons.clamp`; no cache needed. (For an expert:
+  the last position alone, one row at a time, on a fresh copy of the model's own cache.)
 """
 
 from __future__ import annotations
@@ -28,10 +32,11 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from neuropil._taps import tapped
 from neuropil.errors import ModelError
 from neuropil.neurons import Site, capture, clamp
 
-__all__ = ["Replay", "choose_way"]
+__all__ = ["WAYS", "Replay", "choose_way", "run_to_head"]
 
 WAYS = ("replay", "rows", "plain")
 TOLERANCE = 1e-4  # of the largest entry of the final hidden state
@@ -66,14 +71,16 @@ def _prefix_cache(config: Any) -> Any:
     class PrefixCache(DynamicCache):
         frozen = False
 
-        def update(self, keys: Tensor, values: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
+        def update(
+            self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+        ) -> tuple[Tensor, Tensor]:
             if not self.frozen:
-                return super().update(keys, values, layer_idx, *args, **kwargs)
-            held = self.layers[layer_idx]
-            shape = (keys.shape[0], -1, -1, -1)
+                return super().update(key_states, value_states, layer_idx, *args, **kwargs)
+            held: Any = self.layers[layer_idx]
+            shape = (key_states.shape[0], -1, -1, -1)
             return (
-                torch.cat([held.keys.expand(shape), keys], dim=2),
-                torch.cat([held.values.expand(shape), values], dim=2),
+                torch.cat([held.keys.expand(shape), key_states], dim=2),
+                torch.cat([held.values.expand(shape), value_states], dim=2),
             )
 
     return PrefixCache(config=config)
@@ -96,8 +103,8 @@ def _forward_as(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None
 class Replay:
     """One prompt of a causal language model, ready to be run again with neurons of its last position set.
 
-    `ids` are the prompt's token ids (at least two). `clean` is the input of the output head at the last position,
-    `activations` maps each site to its neurons' values there (an expert that the token is not
+    `ids` are the prompt's token ids (at least two). `clean` is the input of the output head at the last
+    position, `activations` maps each site to its neurons' values there (an expert that the token is not
     routed to has none). The module's weights are never changed.
 
     Raises ModelError where the module has no output head or cannot run on token ids alone.
@@ -108,10 +115,6 @@ class Replay:
     def __init__(self, module: nn.Module, sites: Sequence[Site], ids: Sequence[int]) -> None:
         self.module, self.sites = module, list(sites)
         self.ids = torch.tensor([list(ids)], device=next(module.parameters()).device)
-        head = module.get_output_embeddings() if hasattr(module, "get_output_embeddings") else None
-        if head is None:
-            raise ModelError(f"{type(module).__name__} has no output head; load a model with a language-model head")
-        self.head: nn.Module = head
         self.blocks = _Blocks.find(module, sites)
         self.cache: Any = None
         self.outputs: list[Any] = []
@@ -122,27 +125,35 @@ class Replay:
     def run(
         self, site: Site, neurons: Int[Tensor, " rows"], values: Float[Tensor, " rows"], way: str = "replay"
     ) -> Float[Tensor, "rows d"]:
-        """The head's input at the last position, row `i` with neuron `neurons[i]` of `site` held at `values[i]`.
+        """The input of the head at the last position; row `i` has `neurons[i]` of `site` held at `values[i]`.
 
         `way` is "replay", "rows" or "plain". Raises ModelError where the way does not fit the model.
         """
         with torch.inference_mode():
-            return {"replay": self._replay, "rows": self._rows, "plain": self._plain}[way](site, neurons, values)
+            return {"replay": self._replay, "rows": self._rows, "plain": self._plain}[way](
+                site, neurons, values
+            )
 
     def all_up(self, site: Site, value: float) -> Float[Tensor, " width"]:
         """What each neuron's activation would be, were the output of its up-projection `value`."""
         held = {f"{site.number}:{n}": value for n in range(site.width)}
-        with torch.inference_mode(), clamp(self.module, held, where="up"), capture(self.module, [site]) as seen:
+        with (
+            torch.inference_mode(),
+            clamp(self.module, held, where="up"),
+            capture(self.module, [site]) as seen,
+        ):
             self._last() if self.cache is not None else self._whole()
         if site.name not in seen:
             return torch.zeros(site.width)
         return seen[site.name].reshape(-1, site.width)[-1].clone()
 
-    # -- the three ways ------------------------------------------------------------------------------------------
+    # -- the three ways ---------------------------------------------------------------------------------
 
     def _replay(self, site: Site, neurons: Tensor, values: Tensor) -> Tensor:
         if not self.outputs or self.blocks is None or not _written_linearly(self.module, site):
-            raise ModelError(f"site {site.name} of {type(self.module).__name__} cannot be replayed from its block")
+            raise ModelError(
+                f"site {site.name} of {type(self.module).__name__} cannot be replayed from its block"
+            )
         first = self.blocks.of_site[site.name]
         change = (values - self.activations[site.name][neurons])[:, None] * self._write(site)[neurons]
 
@@ -161,11 +172,18 @@ class Replay:
             raise ModelError(f"{type(self.module).__name__} takes no key-value cache")
         if site.name not in self.activations:  # an expert the token is not routed to writes nothing
             return self.clean.expand(len(neurons), -1)
-        held: dict[str, Tensor] = {}
-        for row, (n, value) in enumerate(zip(neurons.tolist(), values.tolist(), strict=True)):
-            own = self.activations[site.name][n].repeat(len(neurons))
-            held.setdefault(f"{site.number}:{n}", own)[row] = value
-        with clamp(self.module, held):  # type: ignore[arg-type]
+        index = torch.arange(len(neurons))
+
+        def hold(h: Tensor) -> Tensor:
+            h = h.clone()
+            own = h.movedim(site.tap.axis, -1)
+            if own.dim() == 2:  # experts, and models that flatten [rows, positions], see [rows, width]
+                own[index, neurons] = values
+            else:
+                own[index, -1, neurons] = values
+            return h
+
+        with tapped(self.module, [(site.tap, site.width, hold)]):
             return self._last(len(neurons))
 
     def _plain(self, site: Site, neurons: Tensor, values: Tensor) -> Tensor:
@@ -180,7 +198,7 @@ class Replay:
             held.setdefault(f"{site.number}:{n}", clean[:, n].repeat(rows, 1))[row, -1] = value
         if h.dim() == 2:  # the model flattens [rows, positions] before its MLPs
             held = {address: value.flatten() for address, value in held.items()}
-        with clamp(self.module, held):  # type: ignore[arg-type]
+        with clamp(self.module, held):
             return self._whole(rows)
 
     def _single(self, site: Site, neurons: Tensor, values: Tensor) -> Tensor:
@@ -190,11 +208,13 @@ class Replay:
         for n, value in zip(neurons.tolist(), values.tolist(), strict=True):
             with clamp(self.module, {f"{site.number}:{n}": value}):
                 found.append(
-                    self._final(input_ids=self.ids[:, -1:], past_key_values=copy.deepcopy(before), use_cache=True)
+                    self._final(
+                        input_ids=self.ids[:, -1:], past_key_values=copy.deepcopy(before), use_cache=True
+                    )
                 )
         return torch.cat(found)
 
-    # -- the clean run -------------------------------------------------------------------------------------------
+    # -- the clean run ----------------------------------------------------------------------------------
 
     @torch.inference_mode()
     def _record_plain(self) -> tuple[Tensor, dict[str, Tensor]]:
@@ -205,8 +225,10 @@ class Replay:
 
     @torch.inference_mode()
     def _record_cached(self) -> None:
-        """Fill the prefix's cache and note what each block gives for the last position; leave both empty if the
-        model has no such cache or gives another answer with it."""
+        """Fill the prefix's cache and note what each block gives for the last position.
+
+        Both stay empty if the model has no such cache or gives another answer with it.
+        """
         outputs: dict[int, Any] = {}
         try:
             self.cache = _prefix_cache(self.module.config)
@@ -220,7 +242,15 @@ class Replay:
 
                     stack.callback(block.register_forward_hook(note).remove)
                 last = self._last()[0]
-        except (AttributeError, IndexError, KeyError, NotImplementedError, RuntimeError, TypeError, ValueError):
+        except (
+            AttributeError,
+            IndexError,
+            KeyError,
+            NotImplementedError,
+            RuntimeError,
+            TypeError,
+            ValueError,
+        ):
             # Each family of models fails in its own way when handed a cache it does not know.
             self.cache = None
             return
@@ -247,22 +277,44 @@ class Replay:
         return self._final(input_ids=self.ids.expand(rows, -1))
 
     def _final(self, **inputs: Any) -> Float[Tensor, "rows d"]:
-        """Run the model up to its head and return the head's input at the last position."""
+        hidden = run_to_head(self.module, **inputs)
+        return hidden.reshape(-1, hidden.shape[-2], hidden.shape[-1])[:, -1].float()
 
-        def stop(hidden: Tensor, *_: Any, **__: Any) -> Tensor:
-            raise _Seen(hidden)
-
-        with _forward_as(self.head, stop):
-            try:
-                self.module(**inputs)
-            except _Seen as seen:
-                hidden = seen.args[0]
-                return hidden.reshape(-1, hidden.shape[-2], hidden.shape[-1])[:, -1].float()
-        raise ModelError(f"{type(self.module).__name__} ran without using its output head")
+    def likeness(self, site: Site) -> str:
+        """Equal for sites that lie at the same place in blocks of the same class."""
+        if self.blocks is None:
+            return site.name
+        block = type(self.blocks.modules[self.blocks.of_site[site.name]]).__name__
+        return f"{site.kind} {block} {site.activation} {site.name.rpartition('.')[2]}"
 
 
-def choose_way(replay: Replay, site: Site, neurons: Int[Tensor, " rows"], values: Float[Tensor, " rows"]) -> str:
-    """The fastest way that gives, for these rows, what the plain way gives (within 1e-4 of the largest entry)."""
+def run_to_head(module: nn.Module, **inputs: Any) -> Float[Tensor, "*rows positions d"]:
+    """Run a model up to its output head, which is not computed, and return the head's input.
+
+    Raises ModelError where the module has no output head or does not use it.
+    """
+    find: Any = getattr(module, "get_output_embeddings", None)
+    head = find() if find is not None else None
+    if head is None:
+        raise ModelError(
+            f"{type(module).__name__} has no output head; load a model with a language-model head"
+        )
+
+    def stop(hidden: Tensor, *_: Any, **__: Any) -> Tensor:
+        raise _Seen(hidden)
+
+    with _forward_as(head, stop):
+        try:
+            module(**inputs)
+        except _Seen as seen:
+            return seen.args[0]
+    raise ModelError(f"{type(module).__name__} ran without using its output head")
+
+
+def choose_way(
+    replay: Replay, site: Site, neurons: Int[Tensor, " rows"], values: Float[Tensor, " rows"]
+) -> str:
+    """The fastest way that gives for these rows what the plain way gives, to 1e-4 of the largest entry."""
     plain = replay.run(site, neurons, values, "plain")
     for way in WAYS[:-1]:
         try:

@@ -3,8 +3,8 @@
 With three or four prompts a neuron's own variance is hardly known. `moderated_t` squeezes it towards that of
 all the site's neurons (empirical Bayes, Smyth 2004, "Linear models and empirical Bayes methods for assessing
 differential expression", the standard of genomics, where genes are many and replicates few).
-`beyond_controls` asks how far a token lies outside the spread of its matched control tokens. `step_up` is the rule of
-Benjamini and Hochberg (1995).
+`beyond_controls` asks how far a token lies outside the spread of its matched control tokens. `step_up` is
+the rule of Benjamini and Hochberg (1995).
 
     >>> import numpy as np
     >>> rng = np.random.default_rng(0)
@@ -27,14 +27,14 @@ Vector = Float[np.ndarray, " n"]
 
 
 def moderated_t(x: Float[np.ndarray, "n prompts"]) -> tuple[Vector, float]:
-    """Two-sided p-values of mean(x) = 0 for each row, and the degrees of freedom that the prior variance is worth.
+    """Two-sided p-values of "mean(x) = 0", one a row, and how many degrees of freedom the prior is worth.
 
     With s2 the row's sample variance on f = prompts - 1 degrees of freedom, and s2 ~ s0 * F(f, f0) over rows,
 
         t = mean * sqrt(prompts / s2'),   s2' = (f0 * s0 + f * s2) / (f0 + f),   on f0 + f degrees of freedom.
 
-    f0 and s0 are found from the mean and variance of log s2. Rows of equal entries (s2 = 0) do not enter the prior.
-    Raises ValueError with fewer than two prompts.
+    f0 and s0 are found from the mean and variance of log s2. Rows of equal entries (s2 = 0) do not enter
+    the prior. Raises ValueError with fewer than two prompts.
     """
     n, prompts = x.shape
     if prompts < 2:
@@ -49,7 +49,7 @@ def moderated_t(x: Float[np.ndarray, "n prompts"]) -> tuple[Vector, float]:
 
 
 def _prior(s2: Vector, f: int) -> tuple[float, float]:
-    """Degrees of freedom and scale of the F distribution of sample variances, by the moments of their logarithm."""
+    """Degrees of freedom and scale of the variances' prior, by the moments of their logarithm."""
     if len(s2) < 2:
         return 0.0, 0.0
     e = np.log(s2) - digamma(f / 2) + np.log(f / 2)
@@ -75,11 +75,12 @@ def _inverse_trigamma(y: float) -> float:
 def beyond_controls(
     effect: Vector, controls: Float[np.ndarray, "n k"]
 ) -> tuple[Vector, Float[np.ndarray, " n"]]:
-    """Two-sided p-values of "the token is one more draw from its controls", and the controls' standard deviation.
+    """Two-sided p-values of "the token is one more draw from its controls"; the controls' standard deviation.
 
         t = (effect - mean(controls)) / (s * sqrt(1 + 1 / k))   on k - 1 degrees of freedom
 
-    This is a prediction interval for one more token, not a test of the controls' mean: `s` does not shrink with k.
+    This is a prediction interval for one more token, not a test of the controls' mean: `s` does not shrink
+    with k.
     """
     k = controls.shape[1]
     spread = controls.std(1, ddof=1)
