@@ -245,7 +245,8 @@ def clamp(
     """Hold neurons at constants, at every position of every forward pass (so in generation, with its cache, too).
 
     `values` maps neurons or their addresses to what they are held at: a number, a tensor `[batch]` (one number a row
-    of the batch), or a tensor of the shape of the activation without its neuron axis. `where="hidden"` sets the
+    of the batch), or a tensor of the shape of the activation without its neuron axis (NaN in it leaves an activation
+    as it is). `where="hidden"` sets the
     activation `h` that the down-projection reads; `where="up"` sets the output of the up-projection, so that a closed
     gate still closes. For an expert it applies to the tokens that are routed to it, by one number. The model is as
     before afterwards, also after an exception. Raises UnknownNeuron, or ValueError for another `where`.
@@ -272,7 +273,8 @@ def clamp(
             h = h.clone()
             for index, value in held[site.number].items():
                 target = h.select(tap.axis, index)
-                target.copy_(_spread(value, target, site))
+                held_at = _spread(value, target, site)
+                target.copy_(torch.where(held_at.isnan(), target, held_at))
             return h
 
         return tap, site.width, act
@@ -288,7 +290,9 @@ def activation(
     """The activation `h` of a site, recomputed from the weights the site says its neurons read.
 
     `inputs` maps each reading role to what its weight was multiplied with, `[..., fan]` (`capture_inputs` sees it), and
-    `tensor` gives a parameter or buffer by name. With `capture` this checks that a site reads what it claims.
+    `tensor` gives a parameter or buffer by name. With `capture` this checks that a site reads what it claims. Where
+    `site.formula.scaled`, `h` is a multiple of this, token by token (the model applies routing weights before the
+    down-projection).
 
     >>> net = nn.Sequential(nn.Linear(3, 5), nn.ReLU(), nn.Linear(5, 2))
     >>> [site] = find_sites(net)
@@ -301,7 +305,11 @@ def activation(
     projections = {}
     for role, weight in site.reads.items():
         x = inputs[role]
-        rows = weight.rows(tensor(weight.name), site.width)
+        computed = site.formula.weight(role, tensor)
+        whole = tensor(weight.name)
+        if computed is not None:
+            whole = computed if computed.shape == whole.shape else computed.t()
+        rows = weight.rows(whole, site.width)
         bias = weight.offsets(tensor(weight.bias), site.width) if weight.bias else None
         settings = site.formula.convolutions.get(role)
         if settings is None:
@@ -309,7 +317,9 @@ def activation(
         else:
             kernel = rows.unflatten(1, tensor(weight.name).shape[1:])
             projections[role] = torch.convolution(x, kernel, bias, *settings[:6])
-    return site.formula(projections, tensor)
+    h = site.formula(projections, tensor)
+    # Feature maps that are read as tokens: neurons come last there.
+    return h.movedim(1, -1) if site.kind == "conv" and site.tap.axis == -1 else h
 
 
 @contextmanager
