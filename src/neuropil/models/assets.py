@@ -47,7 +47,7 @@ def sha256(path: Path) -> str:
 
 @contextmanager
 def written_whole(target: Path) -> Iterator[Path]:
-    """A temporary path beside `target` that takes its name when the block ends, and vanishes if the block fails.
+    """A temporary path beside `target`, renamed to it when the block ends and removed if it fails.
 
     Readers therefore see the whole file or folder, or none.
 

@@ -119,7 +119,8 @@ class Gguf(Store):
                 quantisation = GGMLQuantizationType(kind)
             except ValueError as error:
                 raise ModelError(
-                    f"{path}: tensor {name!r} has quantisation type {kind}, unknown to the installed gguf package; "
+                    f"{path}: tensor {name!r} has quantisation type {kind}, unknown to the installed gguf "
+                    "package; "
                     "pip install --upgrade gguf"
                 ) from error
             nbytes = _stored_bytes(shape, quantisation)
@@ -155,7 +156,8 @@ class Gguf(Store):
             return dequantize(raw, kind)
         except (NotImplementedError, KeyError, ValueError) as error:
             raise ModelError(
-                f"{self.path}: tensor {name!r} is stored as {kind.name}, which the gguf package cannot dequantise "
+                f"{self.path}: tensor {name!r} is stored as {kind.name}, which the gguf package cannot "
+                "dequantise "
                 f"({error}); use a file quantised another way"
             ) from error
 
@@ -187,8 +189,8 @@ def config_of(store: Gguf) -> Any:
         return AutoConfig.for_model(**settings)
     except (ValueError, KeyError, TypeError, NotImplementedError) as error:
         raise ModelError(
-            f"{store.path}: transformers cannot load GGUF models of architecture {store.architecture!r} ({error}); "
-            "convert the model to safetensors, or use its original checkpoint"
+            f"{store.path}: transformers cannot load GGUF models of architecture {store.architecture!r} "
+            f"({error}); convert the model to safetensors, or use its original checkpoint"
         ) from error
 
 
@@ -204,7 +206,7 @@ def _renamed(store: Gguf) -> dict[str, Any]:
     config["tie_word_embeddings"] = "output.weight" not in store.shapes
     for key, value in store.metadata.items():
         prefix, _, rest = key.partition(".")
-        names = GGUF_CONFIG_MAPPING.get(entry if prefix == store.architecture else prefix, {})
+        names: Any = GGUF_CONFIG_MAPPING.get(entry if prefix == store.architecture else prefix, {})
         name = names.get(rest)
         if name not in (None, -1):
             config[name] = value
@@ -221,7 +223,7 @@ def _slow_config(store: Gguf) -> dict[str, Any]:
 
 
 def _name_map(store: Gguf, skeleton: nn.Module, processor: Any) -> dict[str, str]:
-    """GGUF name -> name in the module, as `get_gguf_hf_weights_map` of transformers has it (which takes seconds).
+    """GGUF name -> name in the module: as `get_gguf_hf_weights_map` of transformers, which takes seconds.
 
     Some converters dropped the name of the outer module, so names are also tried without their first parts.
     """
@@ -257,7 +259,8 @@ class Names:
         from transformers.modeling_gguf_pytorch_utils import TENSOR_PROCESSORS, TensorProcessor
 
         self.store = store
-        config = getattr(skeleton, "config").to_dict()  # noqa: B009 - nn.Module has no such attribute for mypy
+        settings: Any = skeleton.config
+        config = settings.to_dict()
         self.processor = TENSOR_PROCESSORS.get(store.architecture, TensorProcessor)(config=config)
         self.map = _name_map(store, skeleton, self.processor)
         self.sources: dict[str, list[str]] = {}

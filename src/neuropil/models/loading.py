@@ -25,11 +25,12 @@ _FORMATS = (
 def load(source: str | os.PathLike[str] | nn.Module, tokenizer: Any = None) -> Model:
     """A `Model` from "smollm2", a GGUF file, a Hugging Face folder or hub name, or a module in memory.
 
-    No weights are read yet: they are read tensor by tensor when asked for, and nothing is ever unpickled. A hub name is
-    looked up in the local Hugging Face cache first and downloaded only if it is not there and the network is allowed.
+    No weights are read yet: they are read tensor by tensor when asked for, and nothing is ever unpickled. A
+    hub name is looked up in the local Hugging Face cache first and downloaded only if it is not there and
+    the network is allowed.
 
-    Raises MissingAsset for a model that is not on this machine, ModelError for one that is corrupt, truncated,
-    quantised in a way that has no plain weights, or of an unknown format.
+    Raises MissingAsset for a model that is not on this machine, ModelError for one that is corrupt,
+    truncated, quantised in a way that has no plain weights, or of an unknown format.
 
     >>> import torch
     >>> net = torch.nn.Sequential(torch.nn.Linear(3, 5), torch.nn.ReLU(), torch.nn.Linear(5, 2))
@@ -97,7 +98,7 @@ def _gguf(path: Path, name: str, tokenizer: Any) -> Model:
 def _gguf_tokenizer(path: Path) -> Any:
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-    # The first reads the tokenizer alone; AutoTokenizer would parse the whole file for a config, ten times slower.
+    # The first reads the tokenizer alone; AutoTokenizer parses all the metadata again, slowly.
     for kind in (PreTrainedTokenizerFast, AutoTokenizer):
         try:
             with skeleton.quiet():
@@ -144,8 +145,10 @@ def _folder(path: Path, name: str, tokenizer: Any) -> Model:
     if (quantised := settings.get("quantization_config")) is not None:
         method = quantised.get("quant_method", "an unknown method")
         raise ModelError(
-            f"{name}: its weights are quantised with {method} and have no plain values on disk; use the checkpoint it "
-            "was made from, a GGUF file, or load it with transformers, call .dequantize(), and pass the module to load()"
+            f"{name}: its weights are quantised with {method} and have no plain values on disk; use the "
+            "checkpoint it "
+            "was made from, a GGUF file, or load it with transformers, call .dequantize(), and pass the "
+            "module to load()"
         )
     store = _weights(path, name)
     bare = skeleton.build(config, name)
@@ -170,7 +173,8 @@ def _config(path: Path) -> tuple[Any, dict[str, Any]]:
         return AutoConfig.from_pretrained(path, local_files_only=True), settings
     except (ValueError, KeyError, OSError) as error:
         raise ModelError(
-            f"{path / 'config.json'} cannot be read as a transformers config ({error}); {AGAIN}, or upgrade transformers"
+            f"{path / 'config.json'} cannot be read as a transformers config ({error}); {AGAIN}, or "
+            "upgrade transformers"
         ) from error
 
 
@@ -248,6 +252,7 @@ def _from_hub(name: str) -> Path:
                 return folder
             reason = "it holds neither safetensors nor pytorch_model.bin"
     raise MissingAsset(
-        f"{name}: no such file or folder, not in the Hugging Face cache, and not downloadable ({reason}). With a network: "
+        f"{name}: no such file or folder, not in the Hugging Face cache, and not downloadable ({reason}). "
+        "With a network: "
         f"hf download {name}   (unset HF_HUB_OFFLINE), then try again"
     )

@@ -24,8 +24,9 @@ from neuropil.neurons import Site, find_sites
 class Head:
     """The output head of a language model: `logits = (gain * normalised x) @ weight.T + bias`.
 
-    `weight` is `[V, d]`, one row a token, without the rows that pad a vocabulary; `gain` `[d]` is what the norm just
-    before it multiplies by (None without such a norm); `note` says what else lies between, "" if nothing does.
+    `weight` is `[V, d]`, one row a token, without the rows that pad a vocabulary; `gain` `[d]` is what the
+    norm just before it multiplies by (None without such a norm); `note` says what else lies between, "" if
+    nothing does.
     """
 
     weight: Float[Tensor, "V d"]
@@ -83,12 +84,13 @@ class Model:
 
     @cached_property
     def fingerprint(self) -> str:
-        """BLAKE2b (128 bits) of the settings in the config and of every stored tensor's name, shape and bytes.
+        """BLAKE2b (128 bits) of the config's settings and of every stored tensor's name, shape and bytes.
 
-        Up to 1 GiB of weights it covers every byte. Above, it covers 64 pieces of 4 KiB spread evenly over every
-        tensor (small tensors whole), so that training any tensor changes it, while an edit of a few entries of a large
-        tensor may not. It covers no tokenizer and no file names: the same tensors in other shards, or in another
-        folder, give the same fingerprint; the same model stored in another number format gives another.
+        Up to 1 GiB of weights it covers every byte. Above, it covers 64 pieces of 4 KiB spread evenly over
+        every tensor (small tensors whole), so that training any tensor changes it, while an edit of a few
+        entries of a large tensor may not. It covers no tokenizer and no file names: the same tensors in other
+        shards, or in another folder, give the same fingerprint; the same model stored in another number
+        format gives another.
         """
         return self.store.digest(self._identity)
 
@@ -98,10 +100,10 @@ class Model:
         return self._tokenizer()
 
     def tensor(self, name: str) -> Tensor:
-        """One parameter or buffer in float32 on the CPU, by its name in the module's state dict; read at every call.
+        """One parameter or buffer, by its name in the state dict: float32, on the CPU, read at every call.
 
-        Raises ModelError for a name that the model or the checkpoint has not, and for a tensor of whole numbers that
-        the module holds as a weight (quantised by a library that changes modules in memory).
+        Raises ModelError for a name that the model or the checkpoint has not, and for a tensor of whole
+        numbers that the module holds as a weight (quantised by a library that changes modules in memory).
         """
         tensor = self._read(name).to("cpu")
         if not tensor.is_floating_point() and name.endswith(".weight"):
@@ -120,7 +122,8 @@ class Model:
             if tied is None or tied not in sources:
                 known = name in self.skeleton.state_dict()
                 raise ModelError(
-                    f"{self.name}: the checkpoint holds no tensor for {name!r}; the file is incomplete, get it again"
+                    f"{self.name}: the checkpoint holds no tensor for {name!r}; the file is incomplete, "
+                    "get it again"
                     if known
                     else f"{self.name}: {self.architecture} has no tensor {name!r}"
                 )
@@ -138,13 +141,14 @@ class Model:
         if tensor.numel() and not bool(torch.isfinite(torch.stack(torch.aminmax(tensor))).all()):
             bad = int((~torch.isfinite(tensor)).sum())
             raise ModelError(
-                f"{self.name}: {bad} entries of {name!r} are NaN or infinite, so its neurons mean nothing; the "
+                f"{self.name}: {bad} entries of {name!r} are NaN or infinite, so its neurons mean nothing; "
+                "the "
                 "training diverged or the file is damaged: get the checkpoint again"
             )
         return tensor
 
     def rows(self, site: Site, role: str) -> Float[Tensor, "width fan"]:
-        """The vectors by which a site's neurons read ("up", "gate") or write ("down"): one row a neuron, float32.
+        """By what a site's neurons read ("up", "gate") or write ("down"): one row a neuron, float32.
 
         Raises ModelError where one is NaN or infinite, KeyError where the site has no such weight.
         """
@@ -172,7 +176,7 @@ class Model:
         return tracing.watch(self.skeleton, watched)
 
     def _owner(self, parameter: str) -> str:
-        """The module that receives the input of a parameter: its owner (for fused experts, their container)."""
+        """The module that receives a parameter's input: its owner (for fused experts, all of them)."""
         return parameter.rpartition(".")[0]
 
     @cached_property
@@ -184,7 +188,7 @@ class Model:
         return next((name for name, module in self.skeleton.named_modules() if module is head), None)
 
     def gain(self, site: Site) -> Float[Tensor, " fan"] | None:
-        """What the norm that feeds the site's reading weights multiplies by; None if no norm feeds them directly."""
+        """What the norm that feeds a site multiplies by; None if no norm feeds it directly."""
         if self._trace is None:
             return None
         source = self._trace.feeds.get(self._owner(next(iter(site.reads.values())).name))
@@ -206,7 +210,8 @@ class Model:
         name = self._head_name
         if name is None:
             raise ModelError(
-                f"{self.name}: {self.architecture} has no language-model head, so its neurons cannot be read as tokens; "
+                f"{self.name}: {self.architecture} has no language-model head, so its neurons cannot be "
+                "read as tokens; "
                 "use a checkpoint of the model with its head (…ForCausalLM or …ForMaskedLM)"
             )
         held = self._head_weight(name)
@@ -224,7 +229,10 @@ class Model:
             note = self._between(source)
         elif (last := tracing.last_norm(self.skeleton, self._trace)) is not None:
             gain = self._gain(last)
-            note = f"{last} is the last norm before the head, but its output was not seen to reach the head as it is"
+            note = (
+                f"{last} is the last norm before the head, but its output was not seen to reach the "
+                f"head as it is"
+            )
         self._fits(name, weight)
         rows = min(len(weight), self._vocabulary or len(weight))
         return Head(weight[:rows], gain, None if bias is None else bias[:rows], note)
@@ -246,7 +254,8 @@ class Model:
         if not base or not hasattr(self.skeleton, base) or f".{base}." in f".{norm}.":
             return ""
         return (
-            f"a transform of the head's own (linear map, nonlinearity, {norm}) lies between the residual stream and "
+            f"a transform of the head's own (linear map, nonlinearity, {norm}) lies between the residual "
+            "stream and "
             "the head; it is not folded in"
         )
 
@@ -256,8 +265,10 @@ class Model:
         )
         if width is not None and weight.shape[1] != width:
             raise ModelError(
-                f"{self.name}: the head {name!r} reads {weight.shape[1]} numbers but the residual stream has {width}; "
-                f"a nonlinear map lies between, so neurons cannot be compared with tokens in {self.architecture}"
+                f"{self.name}: the head {name!r} reads {weight.shape[1]} numbers but the residual stream "
+                f"has {width}; "
+                f"a nonlinear map lies between, so neurons cannot be compared with tokens in "
+                f"{self.architecture}"
             )
 
     @cached_property
@@ -270,23 +281,21 @@ class Model:
         return [] if self.tokenizer is None else vocabulary.texts(self.tokenizer)
 
     def tokens(self) -> list[str]:
-        """The readable text of every token id, leading space kept; as long as `head().weight` where there is a head."""
+        """The readable text of every token id, leading space kept: one for each row of `head().weight`."""
         if self.tokenizer is None:
             raise ModelError(
                 f"{self.name}: no tokenizer came with the model; give one: load(module, tokenizer=...)"
             )
-        rows = (
-            self.skeleton.get_submodule(self._head_name).weight.shape[0]
-            if self._head_name
-            else len(self._texts)
-        )
-        return self._texts[: int(rows)]  # type: ignore[arg-type]
+        if self._head_name is None:
+            return list(self._texts)
+        weight: Tensor = self.skeleton.state_dict()[self._head_weight(self._head_name)]
+        return self._texts[: len(weight)]
 
     def module(self, dtype: torch.dtype = torch.float32) -> nn.Module:
         """The whole model with its weights, in eval mode; built once for each dtype and kept.
 
-        A GGUF model is dequantised once and kept as plain safetensors in the cache folder, so that the next process
-        loads it at once. A module given to `load` comes back itself, whatever its dtype and mode.
+        A GGUF model is dequantised once and kept as plain safetensors in the cache folder, so that the next
+        process loads it at once. A module given to `load` comes back itself, whatever its dtype and mode.
         """
         if dtype not in self._modules:
             with quiet():

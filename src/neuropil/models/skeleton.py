@@ -1,9 +1,9 @@
 """The skeleton: a model's modules and names without its weights, and where each weight lies in a checkpoint.
 
-A checkpoint does not always hold a parameter under the name and in the form the module has it: a prefix is missing,
-experts are stored one by one and fused by transformers, an embedding is tied to the head. transformers describes
-these changes as rules; here they are turned round, into one recipe a parameter, so that any one parameter can be
-read without reading the others.
+A checkpoint does not always hold a parameter under the name and in the form the module has it: a prefix is
+missing, experts are stored one by one and fused by transformers, an embedding is tied to the head.
+transformers describes these changes as rules; here they are turned round, into one recipe a parameter, so
+that any one parameter can be read without reading the others.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def quiet() -> Iterator[None]:
 
 
 def model_class(config: Any, where: str) -> type[nn.Module]:
-    """The transformers class that a config asks for: by `architectures`, else with the head its type usually has."""
+    """The class that a config asks for: by `architectures`, else with the head its type usually has."""
     import transformers
 
     for name in config.architectures or []:
@@ -65,7 +65,8 @@ def model_class(config: Any, where: str) -> type[nn.Module]:
     if config.architectures:
         raise ModelError(
             f"{where}: its config asks for {', '.join(config.architectures)}, which transformers "
-            f"{transformers.__version__} has not. neuropil runs no code from checkpoints; upgrade transformers, or "
+            f"{transformers.__version__} has not. neuropil runs no code from checkpoints; upgrade "
+            "transformers, or "
             "build the module yourself and pass it to load()"
         )
     for auto in (*_HEADS, "AutoModel"):

@@ -1,7 +1,7 @@
 """Stores: named tensors on disk or in memory, read one at a time and never unpickled.
 
-A store knows the names and shapes of its tensors at once and reads a tensor only when asked; nothing stays mapped
-or open between two reads, so that memory is that of the tensors the caller still holds.
+A store knows the names and shapes of its tensors at once and reads a tensor only when asked; nothing stays
+mapped or open between two reads, so that memory is that of the tensors the caller still holds.
 """
 
 from __future__ import annotations
@@ -61,10 +61,10 @@ def tensor_pieces(tensor: Tensor, whole: bool) -> Iterable[memoryview]:
     """The bytes of a tensor in memory; of a mapped one only the pages asked for are read."""
     flat = tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
     if whole:
-        yield memoryview(flat)
+        yield flat.data
     else:
         for start in starts(flat.size):
-            yield memoryview(flat[start : start + PIECE])
+            yield flat[start : start + PIECE].data
 
 
 class TensorStore(Store):
@@ -140,7 +140,7 @@ def safetensors_header(path: Path) -> dict[str, Any]:
 
 
 class TorchFiles(TensorStore):
-    """`pytorch_model.bin` files, mapped by `torch.load(weights_only=True, mmap=True)`: tensors only, no code."""
+    """`pytorch_model.bin` files, mapped by `torch.load(weights_only=True, mmap=True)`: no code is run."""
 
     def __init__(self, files: list[Path]) -> None:
         self.tensors: dict[str, Tensor] = {}
@@ -168,7 +168,8 @@ def torch_tensors(path: Path) -> dict[str, Tensor]:
             found = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise ModelError(
-            f"{path} holds more than tensors, and neuropil never unpickles objects; save the weights as safetensors"
+            f"{path} holds more than tensors, and neuropil never unpickles objects; save the weights as "
+            "safetensors"
         ) from error
     except (RuntimeError, EOFError, OSError, ValueError) as error:
         raise ModelError(f"{path} is no readable torch file ({error}); {AGAIN}") from error
@@ -184,7 +185,7 @@ class InMemory(TensorStore):
 
     def __init__(self, module: nn.Module) -> None:
         self.module = module
-        self.tensors = {name: t for name, t in module.state_dict(keep_vars=True).items()}
+        self.tensors: dict[str, Tensor] = dict(module.state_dict(keep_vars=True))
         self.shapes = {name: tuple(t.shape) for name, t in self.tensors.items()}
         self.tied = _tied(self.tensors)
 
@@ -209,7 +210,7 @@ class InMemory(TensorStore):
 
 def _tied(tensors: dict[str, Tensor]) -> set[str]:
     """Names of tensors that are an earlier tensor under another name."""
-    seen: set[tuple[int, int, tuple[int, ...]]] = set()
+    seen: set[Any] = set()
     tied = set()
     for name, tensor in tensors.items():
         key = (tensor.untyped_storage()._cdata, tensor.storage_offset(), tuple(tensor.shape))

@@ -103,7 +103,7 @@ def watch(model: nn.Module, watched: Iterable[str]) -> Trace | None:
 
 
 def last_norm(model: nn.Module, trace: Trace | None) -> str | None:
-    """The norm that ran last; where the model could not be run, the last one that is in none of its blocks."""
+    """The norm that ran last; where the model could not be run, one that is in none of its blocks."""
     if trace is not None:
         return trace.last_norm
     outside = (

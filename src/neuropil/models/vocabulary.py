@@ -1,4 +1,4 @@
-"""The readable text of every token of a vocabulary, with its leading space, as `decode` of one token often loses it."""
+"""The readable text of every token of a vocabulary, with the leading space that `decode` often drops."""
 
 from __future__ import annotations
 
