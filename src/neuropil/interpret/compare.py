@@ -7,6 +7,7 @@ Llama 3.1 8B after instruction tuning.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,20 +37,28 @@ class Comparison:
 
 
 def compare(
-    model_a: Model, model_b: Model, *, which: str = "up", score: str = "dot", top_k: int = 10
+    model_a: Model,
+    model_b: Model,
+    *,
+    which: str = "up",
+    score: str = "dot",
+    top_k: int = 10,
+    layers: Iterable[int] | None = None,
 ) -> Comparison:
     """Compare a pretrained with a fine-tuned checkpoint of the same shape, each through its own head.
+
+    All layers, or those named.
 
     Raises `ModelError` where the two differ in their sites.
     """
     if [(s.name, s.width) for s in model_a.sites] != [(s.name, s.width) for s in model_b.sites]:
-        raise ModelError(
-            f"{model_a.name} and {model_b.name} have different layers of neurons; compare like with like"
-        )
+        raise ModelError(f"{model_a.name} and {model_b.name} have different layers of neurons; compare like with like")
     settings: dict[str, Any] = {"which": (which,), "score": score, "top_k": top_k, "probability": False}
     a, b = Decoder(model_a, **settings), Decoder(model_b, **settings)
+    wanted = None if layers is None else set(layers)
+    sites = [s for s in a.sites if wanted is None or s.layer in wanted]
     same, overlap, cosine = [], [], []
-    for site in a.sites:
+    for site in sites:
         u, v = a.rows(site, which), b.rows(site, which)
         assert u is not None
         assert v is not None
@@ -58,5 +67,5 @@ def compare(
         same.append(float((x[:, 0] == y[:, 0]).float().mean()))
         overlap.append(float((shared / (2 * x.shape[1] - shared)).mean()))
         cosine.append(float(torch.nn.functional.cosine_similarity(u, v, dim=1).mean()))
-    widths = np.array([s.width for s in a.sites])
-    return Comparison([s.name for s in a.sites], np.array(same), np.array(overlap), np.array(cosine), widths)
+    widths = np.array([s.width for s in sites])
+    return Comparison([s.name for s in sites], np.array(same), np.array(overlap), np.array(cosine), widths)
