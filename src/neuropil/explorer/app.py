@@ -26,14 +26,24 @@ from neuropil.explorer.view import FLAGS, MOST_ROWS, PAGE, View
 
 HERE = Path(__file__).parent
 EXAMPLES = (
-    ("Strongest suppressors", "SELECT neuron, label, effect, effect_se, cos_up, cos_down\nFROM neurons\n"
-     "WHERE verdict = 'suppresses' AND NOT hub\nORDER BY effect\nLIMIT 50"),
-    ("Confirmed, by layer", "SELECT layer, count(*) AS neurons, avg(specialised::INT) AS specialised,\n"
-     "       avg(confirmed::INT) AS confirmed\nFROM neurons\nGROUP BY layer\nORDER BY layer"),
-    ("Words with most neurons", "SELECT label, count(*) AS neurons, max(specialisation) AS best\nFROM neurons\n"
-     "WHERE specialised AND NOT hub AND label <> ''\nGROUP BY label\nORDER BY neurons DESC\nLIMIT 50"),
+    (
+        "Strongest suppressors",
+        "SELECT neuron, label, effect, effect_se, cos_up, cos_down\nFROM neurons\n"
+        "WHERE verdict = 'suppresses' AND NOT hub\nORDER BY effect\nLIMIT 50",
+    ),
+    (
+        "Confirmed, by layer",
+        "SELECT layer, count(*) AS neurons, avg(specialised::INT) AS specialised,\n"
+        "       avg(confirmed::INT) AS confirmed\nFROM neurons\nGROUP BY layer\nORDER BY layer",
+    ),
+    (
+        "Words with most neurons",
+        "SELECT label, count(*) AS neurons, max(specialisation) AS best\n"
+        "FROM neurons\n"
+        "WHERE specialised AND NOT hub AND label <> ''\nGROUP BY label\nORDER BY neurons DESC\nLIMIT 50",
+    ),
     ("What can be asked", "DESCRIBE neurons"),
-)  # fmt: skip
+)
 
 
 class RunRequest(BaseModel):
@@ -55,11 +65,18 @@ def build(path: Path, model: Any, hosts: list[str] | None) -> FastAPI:
     templates = Jinja2Templates(HERE / "templates")  # autoescape is on for .html
     templates.env.filters.update(number=words.number, shown=words.shown)
     templates.env.globals.update(
-        atlas=path.resolve().name, facts=facts, live=live, version=neuropil.__version__,
+        atlas=path.resolve().name,
+        facts=facts,
+        live=live,
+        version=neuropil.__version__,
         model_name=_field(facts.atlas.manifest, "name", "model") or "unknown model",
-    )  # fmt: skip
+    )
     app = FastAPI(
-        title="neuropil", docs_url=None, redoc_url=None, openapi_url=None, dependencies=[Depends(facts.refresh)]
+        title="neuropil",
+        docs_url=None,
+        redoc_url=None,
+        openapi_url=None,
+        dependencies=[Depends(facts.refresh)],
     )
     app.add_middleware(GZipMiddleware, minimum_size=2000, compresslevel=4)
     app.add_middleware(Guard, hosts=hosts)
@@ -100,8 +117,12 @@ def _errors(app: FastAPI, page: Any) -> None:
 
     @app.exception_handler(HTTPException)
     def http(request: Request, error: HTTPException) -> Response:
-        return show(request, error.status_code, "No such page" if error.status_code == 404 else "Not possible",
-                    str(error.detail))  # fmt: skip
+        return show(
+            request,
+            error.status_code,
+            "No such page" if error.status_code == 404 else "Not possible",
+            str(error.detail),
+        )
 
     @app.exception_handler(UnknownNeuron)
     def unknown(request: Request, error: UnknownNeuron) -> Response:
@@ -129,11 +150,21 @@ def _table(app: FastAPI, facts: Facts, page: Any) -> None:
         except QueryError as problem:
             error = str(problem)
         response = page(
-            request, "_results.html" if part else "table.html", 400 if error and not part else 200,
-            view=view, path=path, result=result, error=error, examples=EXAMPLES, flags=FLAGS,
-            count=facts.count(view) if result else None, chosen=view.chosen(facts.columns),
-            most=MOST_ROWS, step=PAGE, **context,
-        )  # fmt: skip
+            request,
+            "_results.html" if part else "table.html",
+            400 if error and not part else 200,
+            view=view,
+            path=path,
+            result=result,
+            error=error,
+            examples=EXAMPLES,
+            flags=FLAGS,
+            count=facts.count(view) if result else None,
+            chosen=view.chosen(facts.columns),
+            most=MOST_ROWS,
+            step=PAGE,
+            **context,
+        )
         if part:
             response.headers["HX-Push-Url"] = view.url(path)
         response.headers["Vary"] = "HX-Request"
@@ -157,8 +188,17 @@ def _table(app: FastAPI, facts: Facts, page: Any) -> None:
         shown = View(**{**vars(view), "start": view.start + view.rows, "rows": PAGE})
         result = facts.page(shown)
         grown = View(**{**vars(view), "rows": view.rows + PAGE})
-        response = page(request, "_rows.html", view=grown, path=path, result=result, most=MOST_ROWS, step=PAGE,
-                        heads=heads(result.table, view), rows=cells(result.table, facts))  # fmt: skip
+        response = page(
+            request,
+            "_rows.html",
+            view=grown,
+            path=path,
+            result=result,
+            most=MOST_ROWS,
+            step=PAGE,
+            heads=heads(result.table, view),
+            rows=cells(result.table, facts),
+        )
         response.headers["HX-Replace-Url"] = grown.url(path)
         return response
 
@@ -213,12 +253,23 @@ def _neuron(app: FastAPI, facts: Facts, live: Live, page: Any) -> None:
             ]
         )
         return page(
-            request, "neuron.html", row=row, address=address, site=site, index=index, null99=scale,
-            verdict=words.verdict(row), signs=words.signs(row), panels=words.panels(row, scale), axis=effect,
-            roles=[r for r in words.ROLES if row.get(f"cos_{r}") is not None], role_names=words.ROLES,
+            request,
+            "neuron.html",
+            row=row,
+            address=address,
+            site=site,
+            index=index,
+            null99=scale,
+            name=words.named(row),
+            verdict=words.verdict(row),
+            signs=words.signs(row),
+            panels=words.panels(row, scale),
+            axis=effect,
+            roles=[r for r in words.ROLES if row.get(f"cos_{r}") is not None],
+            role_names=words.ROLES,
             before=f"{number}:{index - 1}" if index else None,
             after=f"{number}:{index + 1}" if index + 1 < site.width else None,
-        )  # fmt: skip
+        )
 
     @app.get("/neuron/{address}/alike")
     def alike(request: Request, address: str, by: str = "tokens", wide: bool = False) -> Response:
@@ -233,8 +284,7 @@ def _neuron(app: FastAPI, facts: Facts, live: Live, page: Any) -> None:
                 by = "tokens"
             pairs = facts.alike_by_tokens(address)
         known = facts.brief([a for a, _ in pairs])
-        return page(request, "_alike.html", pairs=pairs, known=known, by=by, wide=wide, note=note,
-                    address=address)  # fmt: skip
+        return page(request, "_alike.html", pairs=pairs, known=known, by=by, wide=wide, note=note, address=address)
 
     @app.post("/neuron/{address}/fires")
     def fires(request: Request, address: str, text: Annotated[str, Form()] = "") -> Response:
@@ -246,8 +296,15 @@ def _neuron(app: FastAPI, facts: Facts, live: Live, page: Any) -> None:
                 firing = live.fires(address, text)
             except NotReady as error:
                 problem = str(error)
-        response = page(request, "_fires.html", address=address, firing=firing, status=live.status, problem=problem,
-                        reach=max((abs(v) for v in firing.values), default=0.0) if firing else 0.0)  # fmt: skip
+        response = page(
+            request,
+            "_fires.html",
+            address=address,
+            firing=firing,
+            status=live.status,
+            problem=problem,
+            reach=max((abs(v) for v in firing.values), default=0.0) if firing else 0.0,
+        )
         response.headers["HX-Trigger"] = "model"  # the head's note of the model looks again
         return response
 
@@ -268,8 +325,14 @@ def _playground(app: FastAPI, facts: Facts, live: Live, page: Any) -> None:
         pairs = re.findall(r"(\d+:\d+)=(-?\d+(?:\.\d+)?)", clamp)[:64]
         known = facts.brief([a for a, _ in pairs])
         clamps = [(a, float(v), known[a]) for a, v in pairs if a in known]
-        return page(request, "playground.html", prompt=prompt[:8000], clamps=clamps, offered=facts.offered(""),
-                    where="up" if where == "up" else "hidden")  # fmt: skip
+        return page(
+            request,
+            "playground.html",
+            prompt=prompt[:8000],
+            clamps=clamps,
+            offered=facts.offered(""),
+            where="up" if where == "up" else "hidden",
+        )
 
     @app.get("/playground/offer")
     def offer(request: Request, q: str = "") -> Response:

@@ -52,8 +52,7 @@ def heads(table: pa.Table, view: View) -> list[Head]:
 def cells(table: pa.Table, facts: Facts) -> list[list[Cell]]:
     """Every value of the table as a cell, row by row."""
     columns = [
-        [_cell(f.name, value, facts) for value in table.column(i).to_pylist()]
-        for i, f in enumerate(table.schema)
+        [_cell(f.name, value, facts) for value in table.column(i).to_pylist()] for i, f in enumerate(table.schema)
     ]
     return [list(row) for row in zip(*columns, strict=True)]
 

@@ -58,6 +58,7 @@ class Facts:
         self.atlas = Atlas.open(path)
         self._scales: dict[str, Scale] = {}
         self._counts: dict[str, int] = {}
+        self._found: dict[str, list[str]] = {}
         self._seen: tuple[float, object] = (-1.0, None)
 
     def refresh(self) -> None:
@@ -71,7 +72,7 @@ class Facts:
             for name, value in vars(type(self)).items():
                 if isinstance(value, cached_property):
                     vars(self).pop(name, None)
-            self._scales, self._counts = {}, {}
+            self._scales, self._counts, self._found = {}, {}, {}
         self._seen = (now, state)
 
     @cached_property
@@ -92,13 +93,35 @@ class Facts:
         """The rows that the view shows. Raises QueryError for SQL that does not run."""
         began = time.perf_counter()
         sql = view.statement(self.columns, self.found(view.q) if view.q and not view.sql else None)
-        table = self.ask(sql, view.start + view.rows + 1, PATIENCE if view.sql else None).slice(view.start)
+        last = view.start + view.rows + 1
+        table = self.ask(sql, last, PATIENCE).slice(view.start) if view.sql else self._slice(view)
         return Page(table.slice(0, view.rows), table.num_rows > view.rows, time.perf_counter() - began, sql)
+
+    def _slice(self, view: View) -> pa.Table:
+        """The rows of the view's statement that are shown, and one more if there is one.
+
+        The order is found from the addresses alone: sorting whole rows would carry all their lists along.
+        """
+        found = self.found(view.q) if view.q else None
+        first = view.statement(self.columns, found, only_addresses=True)
+        addresses = self.ask(first, view.start + view.rows + 1).slice(view.start).column("neuron").to_pylist()
+        sites = sorted({int(a.split(":")[0]) for a in addresses})
+        names = ", ".join(map(quoted, view.chosen(self.columns)))
+        rows = self.ask(
+            f"SELECT {names} FROM neurons WHERE site IN ({', '.join(map(str, sites)) or 'NULL'}) "
+            f"AND neuron IN ({', '.join(map(literal, addresses)) or 'NULL'})"
+        )
+        place = {a: i for i, a in enumerate(rows.column("neuron").to_pylist())}
+        return rows.take([place[a] for a in addresses])
 
     def found(self, words: str) -> list[str]:
         """The addresses of the neurons that fit the words, best first."""
-        table = self.atlas.find(words, limit=FOUND)
-        return list(dict.fromkeys(table.column("neuron").to_pylist()))
+        if words not in self._found:
+            table = self.atlas.find(words, limit=FOUND)
+            if len(self._found) > 200:
+                self._found.clear()
+            self._found[words] = list(dict.fromkeys(table.column("neuron").to_pylist()))
+        return self._found[words]
 
     def count(self, view: View) -> int | None:
         """How many neurons pass the view's filters; None for a visitor's SQL, which is not run twice."""
@@ -200,9 +223,7 @@ class Facts:
                 "low": scale.low,
                 "high": scale.high,
                 "categories": names,
-                "sites": [
-                    {"number": s.number, "layer": s.layer, "width": s.width, "name": s.name} for s in self.sites
-                ],
+                "sites": [{"number": s.number, "layer": s.layer, "width": s.width, "name": s.name} for s in self.sites],
             }
         ).encode()
         head += b" " * (-len(head) % 4)
@@ -244,9 +265,9 @@ class Facts:
         ids = "list_concat(" + ", ".join(lists) + ")" if len(lists) > 1 else lists[0]
         rows = self.rows(
             f"WITH t AS (SELECT neuron, list_distinct({ids}) AS ids FROM neurons), "
-            f"n AS (SELECT neuron, len(ids) AS size, len(list_intersect(ids, {mine})) AS both FROM t) "
-            f"SELECT neuron, both / ({len(mine)} + size - both) AS s FROM n "
-            f"WHERE both > 0 AND neuron <> {literal(address)} ORDER BY s DESC, neuron LIMIT {limit}"
+            f"n AS (SELECT neuron, len(ids) AS size, len(list_intersect(ids, {mine})) AS common FROM t) "
+            f"SELECT neuron, common / ({len(mine)} + size - common) AS s FROM n "
+            f"WHERE common > 0 AND neuron <> {literal(address)} ORDER BY s DESC, neuron LIMIT {limit}"
         )
         return [(row["neuron"], row["s"]) for row in rows]
 
@@ -278,8 +299,8 @@ class Facts:
                 del rows
         return sorted(best, key=lambda pair: -abs(pair[1]))[:limit]
 
-    def offered(self, words: str, limit: int = 10) -> list[dict[str, Any]]:
-        """Neurons for the playground: those found by words, or else those with the largest confirmed effect."""
+    def offered(self, words: str, limit: int = 8) -> list[dict[str, Any]]:
+        """Neurons for the playground: those found by words, or else those with the largest effect."""
         if words:
             found = self.found(words)[:limit]
             known = self.brief(found)

@@ -1,8 +1,8 @@
-"""The model behind the pages: loaded when first needed, in the background, and run by one visitor at a time."""
+"""The model behind the pages: loaded when first needed, in the background, run by one visitor at a time."""
 
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -152,7 +152,7 @@ class Live:
         held = values.reshape(-1, site.width)[:, neuron.index].float().tolist()
         return Firing([self.tokenizer.decode([i]) for i in ids[0].tolist()], held, site.name)
 
-    def generate(self, run: Run) -> Iterator[dict[str, Any]]:
+    def generate(self, run: Run) -> Generator[dict[str, Any], None, None]:
         """Generate without and with the clamps, in step. Yields events: status, token, done, error.
 
         The generator may be closed at any point; the model is then free and as it was.

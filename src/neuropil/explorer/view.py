@@ -9,7 +9,8 @@ PAGE = 60  # rows fetched at a time
 MOST_ROWS = 600  # rows kept in one page before a new page begins: more make a browser slow
 FLAGS = ("specialised", "hub", "confirmed")
 DEFAULT_COLUMNS = (
-    "neuron label verdict effect cos_up cos_gate cos_down specialisation up_tokens down_tokens".split()
+    *("neuron", "label", "verdict", "effect", "cos_up", "cos_gate", "cos_down", "specialisation"),
+    *("up_tokens", "down_tokens"),
 )
 
 
@@ -45,9 +46,13 @@ def is_flag(kind: str) -> bool:
 
 
 def is_number(kind: str) -> bool:
-    kind = kind.lower()
-    starts = ("float", "double", "half", "real", "decimal", "int", "uint", "tiny", "small", "big", "huge", "u")
-    return not is_list(kind) and kind.startswith(starts) and not is_text(kind)
+    """Whether a DuckDB or Arrow type holds numbers.
+
+    >>> [is_number(k) for k in ("UTINYINT", "float", "DOUBLE[]", "VARCHAR", "HUGEINT")]
+    [True, True, False, False, True]
+    """
+    return re.fullmatch(r"(u|tiny|small|big|huge)*int(eger)?\d*|float|double|real|half\w*|decimal.*",
+                        kind.lower()) is not None  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -129,22 +134,22 @@ class View:
         if self.label:
             terms.append(f"contains(lower(label), {literal(self.label.lower())})")
         terms += [
-            f"{name} IS {'' if value == 'yes' else 'NOT '}TRUE"
-            for name in FLAGS
-            if (value := getattr(self, name))
+            f"{name} IS {'' if value == 'yes' else 'NOT '}TRUE" for name in FLAGS if (value := getattr(self, name))
         ]
         if found is not None:
             terms.append(f"neuron IN ({', '.join(map(literal, found)) or 'NULL'})")
         return "\nWHERE " + "\n  AND ".join(terms) if terms else ""
 
-    def statement(self, columns: Mapping[str, str], found: list[str] | None = None) -> str:
+    def statement(
+        self, columns: Mapping[str, str], found: list[str] | None = None, only_addresses: bool = False
+    ) -> str:
         """The whole question as SQL, without the paging: it can be read, edited and run again."""
         if self.sql:
             sql = self.sql.rstrip().rstrip(";")
             if not self.sort:
                 return sql
             return f"SELECT * FROM (\n{sql}\n) AS q\nORDER BY {self._order(self.sort)}"
-        names = ", ".join(map(quoted, self.chosen(columns)))
+        names = "neuron" if only_addresses else ", ".join(map(quoted, self.chosen(columns)))
         order = "site, " + quoted("index")
         if self.sort:
             order = self._order(self.sort) + ", " + order

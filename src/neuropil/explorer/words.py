@@ -59,6 +59,19 @@ class Verdict:
     body: str
 
 
+def named(row: Mapping[str, Any]) -> str:
+    """The word the neuron is spoken of by: its label, or else the token it matches best, in quotes.
+
+    >>> named({"label": "dog"}), named({"label": "", "up_tokens": [" cat"]})
+    ('“dog”', '“␣cat”')
+    """
+    if word := row.get("label"):
+        return f"“{shown(word)}”"
+    side = "_neg" if (row.get("label_sign") or 1) < 0 else ""
+    tokens = row.get(f"{row.get('label_from') or 'up'}{side}_tokens")
+    return f"“{shown(tokens[0])}”" if tokens else "its top token"
+
+
 def _close(a: float, b: float) -> str:
     return f"{number(a)} ± {number(b)}"
 
@@ -69,41 +82,48 @@ def verdict(row: Mapping[str, Any]) -> Verdict:
     >>> verdict({"label": "dog", "verdict": None}).kind
     'unmeasured'
     """
-    word, said = row.get("label") or "", row.get("verdict")
-    name = f"“{shown(word)}”" if word else "its top token"
+    name, said = named(row), row.get("verdict")
     if said is None:
-        return Verdict("unmeasured", "Not checked causally", "No clamp has been measured for this neuron, so "
-                       "its label says only what its weights point at, not what it does.")
+        return Verdict(
+            "unmeasured",
+            "Not checked causally",
+            "No clamp has been measured for this neuron, so "
+            "its label says only what its weights point at, not what it does.",
+        )
     effect, error = row.get("effect"), row.get("effect_se")
     control, spread = row.get("control"), row.get("control_se")
     measured = ""
     if effect is not None and error is not None:
-        measured = f"Clamped up against clamped down, {name} moves by {_close(effect, error)} logits"
+        measured = f"Held up rather than down, it moves the logit of {name} by {_close(effect, error)}"
         if control is not None and spread is not None:
-            measured += f"; matched random tokens by {_close(control, spread)}"
+            measured += f", and those of matched random tokens by {_close(control, spread)}"
         measured += "."
     if said == "promotes":
         return Verdict(said, f"Promotes {name}", f"Turned up, it makes {name} more likely. {measured}")
     if said == "suppresses":
         return Verdict(
-            said, f"Suppresses {name}",
+            said,
+            f"Suppresses {name}",
             f"Its weights point at {name}, yet turned up it makes {name} less likely: it suppresses what its "
             f"weights point at. {measured}",
         )
-    return Verdict("no effect", f"No effect on {name}",
-                   f"Its weights point at {name}, but clamping it moves {name} no more than chance. {measured}")
+    return Verdict(
+        "no effect",
+        f"No effect on {name}",
+        f"Its weights point at {name}, but clamping it moves {name} no more than chance. {measured}",
+    )
 
 
 def signs(row: Mapping[str, Any]) -> str:
     """What the three cosines' signs say of the neuron's way of working, by the product rule.
 
     >>> signs({"cos_up": -.46, "cos_gate": .27, "cos_down": .33, "label": "dog"})
-    'Reads against “dog” and writes towards it: where the word is present, its output turns negative and so takes the word away.'
+    'Reads against “dog” and writes towards it: where the word is present, its output turns negative and so takes the word away, wherever its gate is open.'
     """  # noqa: E501
     up, down = row.get("cos_up"), row.get("cos_down")
     if up is None or down is None:
         return ""
-    name = f"“{shown(row['label'])}”" if row.get("label") else "its top token"
+    name = named(row)
     read = "towards" if up >= 0 else "against"
     write = "towards" if down >= 0 else "against"
     if up * down >= 0:
@@ -111,7 +131,7 @@ def signs(row: Mapping[str, Any]) -> str:
     else:
         sign = "turns negative and so" if up < 0 else "is positive and so"
         end = f"where the word is present, its output {sign} takes the word away"
-    return f"Reads {read} {name} and writes {write} it: {end}."
+    return f"Reads {read} {name} and writes {write} it: {end}, wherever its gate is open."
 
 
 @dataclass(frozen=True)
@@ -141,20 +161,29 @@ def panels(row: Mapping[str, Any], null99: float | None) -> list[Panel]:
     every = [abs(s) for r in roles for side in ("", "_neg") for s in row.get(f"{r}{side}_scores") or []]
     widest = max(every, default=0.0) or 1.0
     made = []
+    if null99 is not None and not _listed_are_cosines(row):
+        null99 = None
     for role in roles:
         sides = [
             [
                 Bar(shown(t), s, abs(s) / widest)
-                for t, s in zip(row.get(f"{role}{side}_tokens") or [], row.get(f"{role}{side}_scores") or [],
-                                strict=False)
+                for t, s in zip(
+                    row.get(f"{role}{side}_tokens") or [], row.get(f"{role}{side}_scores") or [], strict=False
+                )
             ]
             for side in ("", "_neg")
         ]
         made.append(
             Panel(
-                role, *ROLES[role], row.get(f"{role}_label") or "", *sides,
+                role=role,
+                verb=ROLES[role][0],
+                note=ROLES[role][1],
+                label=row.get(f"{role}_label") or "",
+                towards=sides[0],
+                against=sides[1],
                 tick=null99 / widest if null99 and null99 < widest else None,
-                percentile=row.get(f"{role}_null"), norm=row.get(f"{role}_norm"),
+                percentile=row.get(f"{role}_null"),
+                norm=row.get(f"{role}_norm"),
                 hubs=row.get(f"{role}_hub_tokens"),
             )
         )
@@ -163,16 +192,20 @@ def panels(row: Mapping[str, Any], null99: float | None) -> list[Panel]:
 
 def null99(row: Mapping[str, Any]) -> float | None:
     """The null's 99th percentile of the best cosine, recovered from the specialisation score."""
-    score = row.get("specialisation")
-    best = [
-        abs(s[0]) for side in ("", "_neg") if (s := row.get(f"{row.get('label_from') or 'up'}{side}_scores"))
-    ]
-    return max(best) / score if score and best else None
+    score, best = row.get("specialisation"), row.get(f"cos_{row.get('label_from') or 'up'}")
+    return abs(best) / score if score and best is not None else None
+
+
+def _listed_are_cosines(row: Mapping[str, Any]) -> bool:
+    """Whether the listed scores are on the null's scale (an atlas may list dot products instead)."""
+    role = row.get("label_from") or "up"
+    best, tops = row.get(f"cos_{role}"), [row.get(f"{role}{side}_scores") or [0.0] for side in ("", "_neg")]
+    return best is not None and any(abs(abs(top[0]) - abs(best)) < 1e-3 for top in tops)
 
 
 @dataclass(frozen=True)
 class Mark:
-    """A measured value with its 95 % interval, placed on an axis from 0 to 100."""
+    """A measured value with twice its standard error to either side, placed on an axis from 0 to 100."""
 
     name: str
     value: float
@@ -195,7 +228,7 @@ def axis(named: list[tuple[str, float | None, float | None, str]]) -> Axis | Non
     known = [(n, float(v), e, k) for n, v, e, k in named if v is not None and math.isfinite(v)]
     if not known:
         return None
-    ends = [v + s * 1.96 * (e or 0.0) for _, v, e, _ in known for s in (-1, 1)]
+    ends = [v + s * 2 * (e or 0.0) for _, v, e, _ in known for s in (-1, 1)]
     low, high = min(0.0, *ends), max(0.0, *ends)
     pad = 0.08 * ((high - low) or 1.0)
     low, high = low - pad, high + pad
@@ -203,13 +236,13 @@ def axis(named: list[tuple[str, float | None, float | None, str]]) -> Axis | Non
     def place(x: float) -> float:
         return round(100 * (x - low) / (high - low), 3)
 
-    marks = [
-        Mark(n, v, e, place(v), place(v - 1.96 * (e or 0)), place(v + 1.96 * (e or 0)), k)
-        for n, v, e, k in known
-    ]
+    marks = [Mark(n, v, e, place(v), place(v - 2 * (e or 0)), place(v + 2 * (e or 0)), k) for n, v, e, k in known]
     step = _step((high - low) / 5)
     first = math.ceil(low / step)
-    ticks = [(place(i * step), number(round(i * step, 10))) for i in range(first, math.floor(high / step) + 1)]
+    ticks = [
+        (place(i * step), f"{round(i * step, 10):g}".replace("-", "−"))
+        for i in range(first, math.floor(high / step) + 1)
+    ]
     return Axis(marks, place(0.0), ticks)
 
 

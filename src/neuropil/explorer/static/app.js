@@ -18,6 +18,11 @@ document.addEventListener("click", (event) => {
   }
 });
 
+// On a phone the filters would push the table off the screen: folded, unless one is in use.
+const filters = document.querySelector("details.extra");
+const used = filters && [...filters.querySelectorAll("input, select")].some((e) => e.value);
+if (filters && !used && matchMedia("(max-width: 760px)").matches) filters.open = false;
+
 let kept = null;
 document.addEventListener("htmx:beforeSwap", () => {
   const active = document.activeElement;

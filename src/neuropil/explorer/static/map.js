@@ -65,10 +65,9 @@
 
   // ---- layout --------------------------------------------------------------------------------------
   function layout() {
-    const width = Math.max(120, canvas.parentElement.clientWidth - names.parentElement.firstElementChild.clientWidth -
-                           parseFloat(getComputedStyle(canvas.parentElement).gridTemplateColumns.split(" ")[2]));
-    const across = parseFloat(getComputedStyle(canvas.parentElement).gridTemplateColumns.split(" ")[1]) || width;
-    const room = Math.max(420, innerHeight - 330), sites = state.head.sites, gap = sites.length > 60 ? 1 : 3;
+    const frame = canvas.parentElement, phone = frame.clientWidth < 600;
+    const across = frame.clientWidth - (phone ? 22 + 34 : 34 + 96);
+    const room = Math.max(560, innerHeight - 330), sites = state.head.sites, gap = sites.length > 60 ? 1 : 3;
     const tall = (cell) => sites.reduce((sum, s) => sum + Math.ceil(s.width / Math.floor(across / cell)) * cell + gap, 0);
     let cell = 2;
     for (let c = 14; c >= 2; c--) if (tall(c) <= room) { cell = c; break; }
@@ -81,8 +80,10 @@
       state.bands[k] = { y, rows, height: rows * cell, columns: Math.ceil(sites[k].width / rows) };
       y += rows * cell + gap;
     }
-    state.size = { width: across, height: y - gap };
-    for (const [c, w] of [[canvas, across], [names, columnWidth(0)], [shares, columnWidth(2)]]) {
+    const used = Math.max(...state.bands.map((b) => b.columns)) * cell;
+    state.size = { width: used, height: y - gap };
+    canvas.style.width = used + "px"; shares.style.width = "100%"; names.style.width = "100%";
+    for (const [c, w] of [[canvas, used], [names, columnWidth(0)], [shares, columnWidth(2)]]) {
       const scale = devicePixelRatio || 1;
       c.width = Math.round(w * scale); c.height = Math.round(state.size.height * scale);
       c.style.width = w + "px"; c.style.height = state.size.height + "px";
@@ -180,7 +181,7 @@
     });
     const known = sums.filter(Boolean), share = kind === "flag" || kind === "category";
     const most = Math.max(...known.map((s) => Math.abs(s.mean) + (kind === "category" ? s.second : 0)), 1e-12);
-    const room = w > 60 ? w - x0 - 40 : w - x0;
+    const room = w > 60 ? w - x0 - 50 : w - x0 - 4;
     let last = -99;
     for (let k = sums.length - 1; k >= 0; k--) {
       const s = sums[k], band = state.bands[k];
@@ -292,18 +293,19 @@
     tip.style.top = (at.y + tall + 24 > innerHeight ? Math.max(8, at.y - tall - 14) : at.y + 18) + "px";
   }
   function magnify({ k, position }) { // the cells around, as through a lens
-    const n = 11, m = 5, side = 14, scale = devicePixelRatio || 1, g = lens.getContext("2d");
+    const b = state.bands[k], n = 11, m = Math.min(5, b.rows), side = 14, scale = devicePixelRatio || 1, g = lens.getContext("2d");
     lens.width = n * side * scale; lens.height = m * side * scale;
     lens.style.width = n * side + "px"; lens.style.height = m * side + "px";
     g.scale(scale, scale);
-    const b = state.bands[k], col = Math.floor(position / b.rows), row = position % b.rows;
+    const col = Math.floor(position / b.rows), row = position % b.rows;
+    const top = Math.max(0, Math.min(row - 2, b.rows - m));
     for (let i = 0; i < n; i++) for (let j = 0; j < m; j++) {
-      const c = col + i - 5, r = row + j - 2, p = c * b.rows + r;
+      const c = col + i - 5, r = top + j, p = c * b.rows + r;
       const inside = c >= 0 && c < b.columns && r >= 0 && r < b.rows && p < state.head.sites[k].width;
       g.fillStyle = inside ? css(colour(valueAt(k, p))) : "transparent";
       g.fillRect(i * side, j * side, side - 1, side - 1);
     }
-    g.lineWidth = 2; g.strokeStyle = palette.ink; g.strokeRect(5 * side, 2 * side, side - 1, side - 1);
+    g.lineWidth = 2; g.strokeStyle = palette.ink; g.strokeRect(5 * side, (row - top) * side, side - 1, side - 1);
   }
   const open = () => { if (state.cursor) location.href = "/neuron/" + address(state.cursor); };
   let touched = null;

@@ -22,7 +22,7 @@
     code.className = "address"; code.textContent = neuron;
     who.append(code, label ? ` “${label}”` : "");
     const box = document.createElement("input");
-    box.type = "number"; box.step = "any"; box.min = -10000; box.max = 10000; box.value = value; box.required = true;
+    box.type = "number"; box.step = "any"; box.min = -10000; box.max = 10000; box.value = Number(value); box.required = true;
     box.setAttribute("aria-label", `Value for neuron ${neuron}`);
     const slide = document.createElement("input"), reach = Math.max(50, 2 * Math.abs(Number(value)));
     slide.type = "range"; slide.min = -reach; slide.max = reach; slide.step = reach / 100; slide.value = value;
