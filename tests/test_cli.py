@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import pty
 import re
+import shlex
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -19,28 +22,7 @@ from neuropil.atlas import Atlas
 from neuropil.cli import app, docs
 from neuropil.cli.app import ORDER
 
-WORDS = [
-    "dog",
-    "dogs",
-    "cat",
-    "cats",
-    "sun",
-    "moon",
-    "king",
-    "queen",
-    "red",
-    "green",
-    "river",
-    "water",
-    "bank",
-    "money",
-    "song",
-    "tree",
-    "the",
-    "a",
-    "is",
-    "of",
-]
+WORDS = "dog dogs cat cats sun moon king queen red green river water bank money tree the a is of"
 
 
 @pytest.fixture(scope="session")
@@ -63,7 +45,7 @@ def save(path: Path, layers: int, spoil: float | None = None) -> Path:
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-    vocabulary = {word: i for i, word in enumerate(["<unk>", "<end>", *WORDS])}
+    vocabulary = {word: i for i, word in enumerate(["<unk>", "<end>", *WORDS.split()])}
     words = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     words.pre_tokenizer = pre_tokenizers.Whitespace()
     torch.manual_seed(0)
@@ -83,9 +65,7 @@ def save(path: Path, layers: int, spoil: float | None = None) -> Path:
         with torch.no_grad():
             net.model.layers[1].mlp.up_proj.weight[3, 2] = spoil
     net.save_pretrained(path)
-    PreTrainedTokenizerFast(tokenizer_object=words, unk_token="<unk>", eos_token="<end>").save_pretrained(
-        path
-    )
+    PreTrainedTokenizerFast(tokenizer_object=words, unk_token="<unk>", eos_token="<end>").save_pretrained(path)
     return path
 
 
@@ -109,7 +89,7 @@ def said_no_traceback(result: Any, code: int) -> str:
     return str(result.stderr[result.stderr.index("error: ") :])
 
 
-# ------------------------------------------------------------------------------------------------------ help
+# ------------------------------------------------------------------------------------------------ help
 
 
 def test_help_needs_none_of_the_heavy_libraries() -> None:
@@ -178,7 +158,7 @@ def test_an_empty_file_of_prompts_is_a_wrong_call(tmp_path: Path) -> None:
         assert "prompt" in result.stderr
 
 
-# -------------------------------------------------------------------------------------------- reading an atlas
+# ------------------------------------------------------------------------------------ reading an atlas
 
 
 def test_find_lists_the_planted_neuron_first(mapped: Path) -> None:
@@ -225,7 +205,7 @@ def test_show_lists_the_columns_of_other_methods(tmp_path: Path) -> None:
 
 
 def test_query_prints_aligned_columns_and_json(mapped: Path) -> None:
-    sql = "SELECT layer, count(*) AS n, list(neuron ORDER BY index)[1:2] AS who FROM neurons GROUP BY 1 ORDER BY 1"
+    sql = "SELECT layer, count(*) n, list(neuron ORDER BY index)[1:2] who FROM neurons GROUP BY 1 ORDER BY 1"
     lines = run("query", mapped, sql).stdout.splitlines()
     assert lines == [
         "layer   n  who",
@@ -239,9 +219,7 @@ def test_query_prints_aligned_columns_and_json(mapped: Path) -> None:
 
 def test_query_json_has_no_nan_and_keeps_columns_of_one_name(mapped: Path) -> None:
     sql = "SELECT 'nan'::FLOAT AS x, 'inf'::FLOAT AS y, 1 AS z, 2 AS z"
-    assert json.loads(run("query", mapped, sql, "--json").stdout) == [
-        {"x": None, "y": None, "z": 1, "z_2": 2}
-    ]
+    assert json.loads(run("query", mapped, sql, "--json").stdout) == [{"x": None, "y": None, "z": 1, "z_2": 2}]
 
 
 def test_query_lists_the_columns(mapped: Path) -> None:
@@ -250,9 +228,7 @@ def test_query_lists_the_columns(mapped: Path) -> None:
 
 
 def test_nothing_that_was_read_can_act_on_the_terminal(mapped: Path) -> None:
-    text = run(
-        "query", mapped, "SELECT chr(27) || '[31mred' AS a, '[bold]b[/bold]' AS b, chr(10) AS c"
-    ).stdout
+    text = run("query", mapped, "SELECT chr(27) || '[31mred' AS a, '[bold]b[/bold]' AS b, chr(10) AS c").stdout
     assert "\x1b" not in text
     assert "\\x1b[31mred" in text
     assert "[bold]b[/bold]" in text
@@ -260,9 +236,7 @@ def test_nothing_that_was_read_can_act_on_the_terminal(mapped: Path) -> None:
 
 
 def test_a_pipe_gets_every_column_whole(mapped: Path) -> None:
-    done = process(
-        "query", mapped, f"SELECT '{'x' * 500}' AS a, repeat('y', 400) AS b", env={"COLUMNS": "40"}
-    )
+    done = process("query", mapped, f"SELECT '{'x' * 500}' AS a, repeat('y', 400) AS b", env={"COLUMNS": "40"})
     out, err = done.communicate(timeout=60)
     assert done.returncode == 0
     assert err == ""
@@ -288,7 +262,7 @@ def test_diff_with_itself_finds_no_change(mapped: Path) -> None:
     assert "No neuron changed its label." in text
 
 
-# ------------------------------------------------------------------------------------------------------ errors
+# ---------------------------------------------------------------------------------------------- errors
 
 
 def test_a_folder_that_is_no_atlas(tmp_path: Path) -> None:
@@ -337,9 +311,7 @@ def test_weights_that_are_no_numbers(tmp_path: Path, value: float) -> None:
 def test_a_model_without_mlps(tmp_path: Path) -> None:
     from transformers import MambaConfig, MambaForCausalLM
 
-    MambaForCausalLM(MambaConfig(hidden_size=8, num_hidden_layers=1, vocab_size=20)).save_pretrained(
-        tmp_path / "net"
-    )
+    MambaForCausalLM(MambaConfig(hidden_size=8, num_hidden_layers=1, vocab_size=20)).save_pretrained(tmp_path / "net")
     said_no_traceback(run("atlas", tmp_path / "net", "--out", tmp_path / "a"), 5)
 
 
@@ -359,35 +331,247 @@ def test_the_traceback_is_shown_when_asked_for(tmp_path: Path) -> None:
     assert "Traceback" not in run("find", tmp_path, "dog").stderr
 
 
-# ---------------------------------------------------------------------------------------------------- building
+# -------------------------------------------------------------------------------------------- building
 
 
-def test_atlas_maps_the_model_and_says_what_came_of_it(net: Path, tmp_path: Path) -> None:
+@pytest.fixture(scope="session")
+def prompts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("prompts") / "prompts.txt"
+    path.write_text("the dog is\n\na king of the\n  the red moon \n")
+    return path
+
+
+def test_atlas_maps_the_model_and_says_what_came_of_it(net: Path, prompts: Path, tmp_path: Path) -> None:
     path = tmp_path / "atlas"
-    result = run("atlas", net, "--out", path, "--top", 4)
+    result = run("atlas", net, "--out", path, "--top", 4, "--prompts", prompts)
     assert result.exit_code == 0, result.stderr
     with Atlas.open(path) as atlas:
-        truth = atlas.query(
-            "SELECT count(*) AS n, count(*) FILTER (specialised) AS s, count(*) FILTER (confirmed) AS c FROM neurons"
-        ).to_pylist()[0]
+        [truth] = atlas.query(
+            "SELECT count(*) n, count(*) FILTER (specialised) s, count(*) FILTER (confirmed) c FROM neurons"
+        ).to_pylist()
         assert len(atlas.neuron("1:3")["up_tokens"]) == 4
+        settings = atlas.manifest["groups"]["causal"]["settings"]
+    assert settings["prompts"] == ["the dog is", "a king of the", "the red moon"]
     assert truth["n"] == 72
     assert re.search(r"neurons mapped +72 in 3 layers", result.stdout)
     assert re.search(rf"specialised +{truth['s']} ", result.stdout)
     assert re.search(rf"causally confirmed +{truth['c']} ", result.stdout)
     # The commands it ends with work as they are printed.
-    import shlex
-
-    for line in re.findall(r"^  neuropil ((?:find|query) .*)$", result.stdout, re.M):
+    printed = re.findall(r"^  neuropil ((?:find|query) .*)$", result.stdout, re.M)
+    assert len(printed) == 2
+    for line in printed:
         assert run(*shlex.split(line)).exit_code == 0
 
-    again = json.loads(run("atlas", net, "--out", path, "--top", 4, "--json").stdout)
-    assert (again["neurons"], again["specialised"], again["confirmed"]) == (72, truth["s"], truth["c"])
-    assert again["promotes"] + again["suppresses"] == again["confirmed"]
-    other = run("atlas", net, "--out", path, "--top", 5, "--json")
-    assert "top_k" in said_no_traceback(other, 7)
-    assert json.loads(
-        run("atlas", net, "--out", path, "--top", 5, "--no-causal", "--overwrite", "--json").stdout
-    )
+
+def test_atlas_keeps_what_is_there_and_overwrites_only_when_told(net: Path, tmp_path: Path) -> None:
+    path = tmp_path / "atlas"
+    again = ["atlas", net, "--out", path, "--no-causal", "--json"]
+    first = json.loads(run(*again).stdout)
+    assert first["neurons"] == 72
+    assert first["confirmed"] is None
+    written = (path / "parts" / "decode" / "00001.parquet").stat().st_mtime_ns
+    assert json.loads(run(*again).stdout)["specialised"] == first["specialised"]
+    assert (path / "parts" / "decode" / "00001.parquet").stat().st_mtime_ns == written
+    assert "top_k" in said_no_traceback(run(*again, "--top", 5), 7)
+    assert json.loads(run(*again, "--top", 5, "--overwrite").stdout)["neurons"] == 72
     with Atlas.open(path) as atlas:
         assert len(atlas.neuron("1:3")["up_tokens"]) == 5
+
+
+def test_the_weights_asked_for_are_decoded(net: Path, tmp_path: Path) -> None:
+    run("atlas", net, "--out", tmp_path / "a", "--no-causal", "--weights", "down")
+    with Atlas.open(tmp_path / "a") as atlas:
+        assert "down_tokens" in atlas.columns
+        assert "up_tokens" not in atlas.columns
+
+
+def test_the_default_folder_is_named_after_the_model(net: Path, monkeypatch: Any, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    run("atlas", net, "--no-causal")
+    assert (tmp_path / "atlases" / "tiny" / "manifest.json").exists()
+
+
+def test_ctrl_c_keeps_the_finished_layers_and_the_next_run_goes_on(prompts: Path, tmp_path: Path) -> None:
+    deep, path = save(tmp_path / "deep", layers=24), tmp_path / "atlas"
+    command = ["atlas", deep, "--out", path, "--prompts", prompts]
+    stopped = process(*command)
+    wait_for(lambda: len(list((path / "parts" / "causal").glob("*.parquet"))) >= 2, stopped)
+    stopped.send_signal(signal.SIGINT)
+    out, err = stopped.communicate(timeout=60)
+    assert stopped.returncode == 130
+    assert out == ""
+    assert "Traceback" not in err
+    kept = {file.name: file.read_bytes() for file in (path / "parts" / "causal").glob("*.parquet")}
+    assert 2 <= len(kept) < 24
+    assert f"decode 24, causal {len(kept)}" in err
+    # The command that it prints goes on from there, and gives what an unbroken run gives.
+    resume = shlex.split(err.splitlines()[-1])
+    assert resume[0] == "neuropil"
+    assert run(*resume[1:]).exit_code == 0
+    assert run(*command[:2], "--out", tmp_path / "whole", "--prompts", prompts).exit_code == 0
+    for name, content in kept.items():
+        assert (path / "parts" / "causal" / name).read_bytes() == content
+    with Atlas.open(path) as one, Atlas.open(tmp_path / "whole") as other:
+        sql = "SELECT * FROM neurons ORDER BY site, index"
+        assert one.query(sql).equals(other.query(sql))
+
+
+def wait_for(happened: Any, program: subprocess.Popen[str], seconds: float = 120) -> None:
+    until = time.monotonic() + seconds
+    while not happened():
+        assert program.poll() is None, program.communicate()
+        assert time.monotonic() < until
+        time.sleep(0.01)
+
+
+def test_under_torchrun_one_rank_speaks_and_the_atlas_is_the_same(net: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command += ["-m", "neuropil", "atlas", net, "--out", tmp_path / "two", "--no-causal"]
+    done = subprocess.run(
+        [str(part) for part in command],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("neurons mapped") == 1
+    run("atlas", net, "--out", tmp_path / "one", "--no-causal")
+    with Atlas.open(tmp_path / "one") as one, Atlas.open(tmp_path / "two") as two:
+        sql = "SELECT * FROM neurons ORDER BY site, index"
+        assert one.query(sql).equals(two.query(sql))
+
+
+# -------------------------------------------------------------------------------------------- streams
+
+
+def test_a_closed_pipe_ends_quietly(mapped: Path) -> None:
+    for more in ([], ["--json"]):
+        program = process("query", mapped, "SELECT * FROM range(300000)", *more)
+        assert program.stdout is not None
+        program.stdout.readline()
+        program.stdout.close()
+        assert program.wait(timeout=60) == 141
+        assert program.stderr is not None
+        assert program.stderr.read() == ""
+
+
+def test_json_stands_alone_on_stdout(net: Path, tmp_path: Path) -> None:
+    program = process("atlas", net, "--out", tmp_path / "a", "--no-causal", "--json")
+    out, err = program.communicate(timeout=120)
+    assert program.returncode == 0
+    assert json.loads(out)["neurons"] == 72
+    assert "72 neurons" in err
+    assert "decode" in err
+
+
+def on_terminal(*arguments: object, **variables: str) -> str:
+    """What the program writes to a terminal."""
+    master, slave = pty.openpty()
+    environment = {k: v for k, v in os.environ.items() if k not in ("NO_COLOR", "FORCE_COLOR", "CI")}
+    environment |= {"TERM": "xterm-256color", "COLUMNS": "80", **variables}
+    command = [sys.executable, "-m", "neuropil", *(str(argument) for argument in arguments)]
+    program = subprocess.Popen(command, stdout=slave, stderr=slave, stdin=slave, env=environment)
+    os.close(slave)
+    parts = []
+    while True:
+        try:
+            part = os.read(master, 65536)
+        except OSError:  # Linux says so when the other end is closed
+            break
+        if not part:
+            break
+        parts.append(part)
+    os.close(master)
+    assert program.wait(timeout=60) == 0
+    return b"".join(parts).decode()
+
+
+def test_a_terminal_gets_colour_unless_no_color_is_set() -> None:
+    colour = re.compile(r"\x1b\[[0-9;]*3[0-9][0-9;]*m")
+    shown = on_terminal("papers")
+    assert colour.search(shown)
+    assert "neuron-decoding" in shown
+    lines = re.sub(r"\x1b\[[0-9;]*m", "", shown).split("\r\n")
+    assert max(map(len, lines)) <= 80
+    assert not colour.search(on_terminal("papers", NO_COLOR="1"))
+
+
+# -------------------------------------------------------------------------------------------- models
+
+
+def test_clamp_shows_both_runs(net: Path) -> None:
+    clamp = ["clamp", net, "1:3=900", "2:0=-900", "--prompt", "the dog", "--tokens", 6]
+    result = run(*clamp, "--where", "hidden")
+    assert result.exit_code == 0, result.stderr
+    assert "before: the dog" in result.stdout
+    assert "after 1:3 = 900, 2:0 = -900: the dog" in result.stdout
+    assert "next token" in result.stdout
+
+
+def test_clamp_agrees_with_the_library(net: Path) -> None:
+    from neuropil import neurons
+    from neuropil.models import load
+
+    said = json.loads(run("clamp", net, "1:3=900", "--prompt", "the dog", "--tokens", 1, "--json").stdout)
+    model = load(net)
+    ids = torch.tensor([model.tokenizer("the dog")["input_ids"]])
+    with torch.no_grad():
+        before = model.module()(ids).logits[0, -1].softmax(-1)
+        with neurons.clamp(model.module(), {"1:3": 900.0}, where="up"):
+            after = model.module()(ids).logits[0, -1].softmax(-1)
+    assert not torch.allclose(before, after)
+    for row in said["next_token"]:
+        assert row["before"] == pytest.approx(before[row["token_id"]].item(), rel=1e-4)
+        assert row["after"] == pytest.approx(after[row["token_id"]].item(), rel=1e-4)
+    assert said["before"] == model.tokenizer.decode(before.argmax(), skip_special_tokens=True)
+    assert said["after"] == model.tokenizer.decode(after.argmax(), skip_special_tokens=True)
+
+
+def test_clamp_samples_the_same_under_one_seed(net: Path) -> None:
+    def texts(seed: int) -> tuple[str, str]:
+        clamp = ["clamp", net, "0:0=0", "--prompt", "the dog", "--tokens", 12, "--seed", seed, "--json"]
+        said = json.loads(run(*clamp).stdout)
+        return said["before"], said["after"]
+
+    first = texts(1)
+    assert texts(1) == first
+    assert texts(2) != first
+
+
+def test_clamp_on_a_model_that_cannot_chat(net: Path) -> None:
+    assert "--chat" in said_no_traceback(run("clamp", net, "1:3=1", "--prompt", "dog", "--chat"), 3)
+
+
+def test_clamp_turns_the_pet_neuron_of_the_real_model_up() -> None:
+    clamp = ["clamp", "29:808=30", "--prompt", "What is your favourite animal?", "--chat", "--tokens", 12]
+    said = json.loads(run(*clamp, "--json").stdout)
+    assert said["model"] == "smollm2"
+    pets = re.compile(r"\b(dog|cat|pet)s?\b", re.I)
+    assert len(pets.findall(said["after"])) > len(pets.findall(said["before"]))
+
+
+def test_coverage_of_two_model_types() -> None:
+    result = run("coverage", "--only", "llama,gpt2", "--task", "causal-lm", "--json")
+    assert result.exit_code == 0, result.stderr
+    assert json.loads(result.stdout)["counts"]["causal-lm"]["pass"] == 2
+    assert run("coverage", "--only", "lama").exit_code == 2
+
+
+# -------------------------------------------------------------------------------------------- papers
+
+
+def test_papers_lists_searches_and_tells() -> None:
+    everything = json.loads(run("papers", "--json").stdout)
+    assert len(everything) == 56
+    assert json.loads(run("papers", "GraNet", "--limit", 1, "--json").stdout)[0]["slug"] == "granet"
+    whole = run("papers", "neuron-decoding").stdout
+    assert "Harry J. Davies" in whole
+    assert "arxiv.org/abs/2501.02688" in whole
+
+
+def test_reproduce_lists_and_refuses_what_is_unknown() -> None:
+    from neuropil.reproduce import available
+
+    assert [row["slug"] for row in json.loads(run("reproduce", "--json").stdout)] == available()
+    assert "neuron-decoding" in said_no_traceback(run("reproduce", "neuron-decodin"), 11)

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, replace
+from dataclasses import asdict, fields, is_dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from types import UnionType
+from typing import Any, Protocol, Union, get_args, get_origin, get_type_hints, runtime_checkable
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -15,7 +16,7 @@ import pyarrow.parquet as pq
 from neuropil import _parts
 from neuropil._ranks import now
 from neuropil.errors import AtlasError
-from neuropil.neurons import Site, Tap, Weight
+from neuropil.neurons import Site
 
 PACKAGES = ("neuropil", "torch", "transformers", "numpy", "pyarrow", "duckdb")
 _KIND = "neuropil atlas"
@@ -25,10 +26,14 @@ _KIND = "neuropil atlas"
 class Mapped(Protocol):
     """What an atlas needs to know of a model; `neuropil.models.Model` has it."""
 
-    name: str
-    fingerprint: str
-    architecture: str
-    sites: list[Site]
+    @property
+    def name(self) -> str: ...
+    @property
+    def fingerprint(self) -> str: ...
+    @property
+    def architecture(self) -> str: ...
+    @property
+    def sites(self) -> list[Site]: ...
 
     def tokens(self) -> list[str]:
         """The readable text of every token; empty where there is no tokenizer."""
@@ -84,7 +89,7 @@ def begin(path: Path, model: Mapped) -> None:
         "versions": versions(),
         "model": about,
         "vocabulary": len(tokens),
-        "sites": [_entry(site) for site in model.sites],
+        "sites": [site_entry(site) for site in model.sites],
         "groups": {},
     }
     write(path, manifest)
@@ -148,19 +153,35 @@ def vocabulary(path: Path) -> pa.Table:
         ) from bad
 
 
+def site_entry(site: Site) -> dict[str, Any]:
+    """A `Site` as plain values: all that two equal sites have in common."""
+    return {f.name: _flat(getattr(site, f.name)) for f in fields(site) if f.compare}
+
+
 def site(entry: Mapping[str, Any]) -> Site:
-    """A `Site` from its entry in the manifest."""
-    weights = {role: Weight(**weight) for role, weight in entry["reads"].items()}
-    wrote = Weight(**entry["write"]) if entry["write"] else None
-    tap, taps = Tap(**entry["tap"]), {role: Tap(**tap) for role, tap in entry["taps"].items()}
-    return Site(**{**entry, "reads": weights, "write": wrote, "tap": tap, "taps": taps})
+    """The `Site` of an entry that `site_entry` made."""
+    found: Site = _typed(Site, entry)
+    return found
 
 
-def _entry(site: Site) -> dict[str, Any]:
-    """A site as JSON; its formula (the model's own operations) is not kept: the model has it."""
-    entry = asdict(replace(site, formula=None))
-    del entry["formula"]
-    return entry
+def _flat(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _flat(v) for key, v in value.items()}
+    return asdict(value) if is_dataclass(value) and not isinstance(value, type) else value
+
+
+def _typed(kind: Any, value: Any) -> Any:
+    """`value` as what the annotation `kind` says: a dataclass, a dict of them, either or None, or plain."""
+    if value is None:
+        return None
+    if get_origin(kind) in (Union, UnionType):
+        kind = next(k for k in get_args(kind) if k is not type(None))
+    if get_origin(kind) is dict:
+        return {key: _typed(get_args(kind)[1], v) for key, v in value.items()}
+    if is_dataclass(kind) and isinstance(kind, type):
+        hints = get_type_hints(kind)
+        return kind(**{f.name: _typed(hints[f.name], value[f.name]) for f in fields(kind) if f.name in value})
+    return value
 
 
 def versions() -> dict[str, str]:

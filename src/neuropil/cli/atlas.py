@@ -59,9 +59,7 @@ def read_prompts(path: Path | None) -> list[str] | None:
     "torchrun --nproc-per-node 2 -m neuropil atlas   the layers shared between two processes",
 )
 def atlas(
-    model: Annotated[
-        str, typer.Argument(help="smollm2, a Hugging Face folder or name, or a GGUF file.")
-    ] = "smollm2",
+    model: Annotated[str, typer.Argument(help="smollm2, a Hugging Face folder or name, or a GGUF file.")] = "smollm2",
     out: Annotated[
         Path | None,
         typer.Option("--out", "-o", help="The atlas's folder.", show_default="./atlases/<model name>"),
@@ -81,9 +79,7 @@ def atlas(
             show_default="built in",
         ),
     ] = None,
-    overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Compute anew what the folder already has.")
-    ] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Compute anew what the folder already has.")] = False,
     as_json: AsJson = False,
 ) -> None:
     """Map every neuron of MODEL: what it stands for, and whether clamping it bears that out.
@@ -96,17 +92,14 @@ def atlas(
     loaded = load_model(model)
     path = out or default_path(loaded)
     if main_rank() and (path / "manifest.json").exists():
-        output.note(
-            f"{path} is there: what it has is kept ({_parts(path)})" if not overwrite else f"{path} is there"
-        )
+        fate = "replaced" if overwrite else "kept"
+        output.note(f"{path} is there ({_parts(path) or 'empty'}), and is {fate}")
     options = _changed(weights, top, causal, prompts)
     again = " ".join(["neuropil atlas", quoted(model), "--out", quoted(str(path)), *options])
     if main_rank():
         output.note(f"{loaded.name}: {loaded.parameters:,} parameters, {_neurons(loaded)} → {path}")
     with interruptible(lambda: _stopped(path, again)):
-        summary = build_atlas(
-            loaded, path, which, top, causal, texts, progress=main_rank(), overwrite=overwrite
-        )
+        summary = build_atlas(loaded, path, which, top, causal, texts, progress=main_rank(), overwrite=overwrite)
     if main_rank():
         output.as_json(summary.to_dict()) if as_json else summarise(summary, model)
 
@@ -295,9 +288,7 @@ FOUND: list[tuple[Column, Any, str]] = [
 def query(
     path: AtlasPath,
     sql: Annotated[str | None, typer.Argument(help="DuckDB SQL.", show_default=False)] = None,
-    limit: Annotated[
-        int | None, typer.Option("--limit", "-n", min=0, help="Rows shown.", show_default="all")
-    ] = None,
+    limit: Annotated[int | None, typer.Option("--limit", "-n", min=0, help="Rows shown.", show_default="all")] = None,
     columns: Annotated[bool, typer.Option("--columns", help="List the columns there are, and stop.")] = False,
     as_json: AsJson = False,
 ) -> None:

@@ -212,7 +212,7 @@ def _side_by_side(prompt: str, before: str, after: str, settings: str) -> None:
 
 def _next_tokens(moved: list[dict[str, Any]]) -> None:
     def percent(value: float) -> str:
-        return f"{100 * value:.2f}%"
+        return f"{100 * value:.2f} %" if value >= 0.0001 else f"{100 * value:.1g} %"
 
     def arrow(row: dict[str, Any]) -> Text:
         change = math.log(max(row["after"], 1e-30) / max(row["before"], 1e-30))
@@ -222,8 +222,5 @@ def _next_tokens(moved: list[dict[str, Any]]) -> None:
     columns = [Column("next token", style="bold"), Column("before", "right"), Column("after", "right")]
     output.listing(
         [*columns, Column("change of log p", "right")],
-        [
-            [output.token(row["token"]), percent(row["before"]), percent(row["after"]), arrow(row)]
-            for row in moved
-        ],
+        [[output.token(row["token"]), percent(row["before"]), percent(row["after"]), arrow(row)] for row in moved],
     )

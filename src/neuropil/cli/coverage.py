@@ -61,9 +61,7 @@ def coverage(
     known = {name for one in tasks for name in model_types(one)}
     if types is not None and (not types or set(types) - known):
         missing = ", ".join(sorted(set(types) - known)) or "nothing"
-        raise typer.BadParameter(
-            f"transformers has no {missing} for {', '.join(tasks)}.", param_hint="--only"
-        )
+        raise typer.BadParameter(f"transformers has no {missing} for {', '.join(tasks)}.", param_hint="--only")
     with interruptible(lambda: "Stopped; a coverage run is not kept. --only TYPES tries some."):
         found = run(tasks, types, progress=output.errors().is_terminal)
     if write is not None:

@@ -75,9 +75,7 @@ def _changed(found: Diff, limit: int) -> None:
     if not found.changed.num_rows:
         return output.say("No neuron changed its label.")
     count = output.plural(found.changed.num_rows, "neuron")
-    output.say(
-        f"{count} of {found.neurons:,} changed their label" + ("; the most specialised:" if rows else ".")
-    )
+    output.say(f"{count} of {found.neurons:,} changed their label" + ("; the most specialised:" if rows else "."))
     if not rows:
         return
     heads = [Column("neuron", style="bold cyan"), Column("before"), Column("after")]

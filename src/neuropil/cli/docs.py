@@ -24,9 +24,9 @@ HEAD = """\
 
 {about}
 
-Answers go to stdout, everything else (progress, hints, errors) to stderr. Every listing has `--json`: JSON alone
-on stdout. In a pipe, tables are plain text, aligned and never cut. `NO_COLOR` is honoured. Errors are sentences;
-`--debug` or `NEUROPIL_DEBUG=1` adds the traceback.
+Answers go to stdout, everything else (progress, hints, errors) to stderr. Every listing has `--json`: JSON
+alone on stdout. In a pipe, tables are plain text, aligned and never cut. `NO_COLOR` is honoured. Errors are
+sentences; `--debug` or `NEUROPIL_DEBUG=1` adds the traceback.
 """
 
 
@@ -55,9 +55,7 @@ def _shown(argument: Any) -> str:
 
 def _arguments(command: Any) -> str:
     rows = [
-        f"| `{_shown(p)}` | {_cell(p.help)}{_default(p)} |"
-        for p in command.params
-        if p.param_type_name == "argument"
+        f"| `{_shown(p)}` | {_cell(p.help)}{_default(p)} |" for p in command.params if p.param_type_name == "argument"
     ]
     return "\n".join(["| argument | |", "| --- | --- |", *rows]) + "\n" if rows else ""
 

@@ -23,6 +23,7 @@ from rich.text import Text
 
 _answers: TextIO | None = None
 _debug = False
+PIECE = 32768
 
 
 @contextlib.contextmanager
@@ -212,7 +213,10 @@ def pairs(rows: Mapping[str, str | Text]) -> None:
 
 
 def write(text: str) -> None:
-    (_answers or sys.stdout).write(text)
+    """`text` as it is, in pieces: some kernels tell of a closed pipe only at the next piece."""
+    stream = _answers or sys.stdout
+    for start in range(0, len(text), PIECE):
+        stream.write(text[start : start + PIECE])
 
 
 def _plain(value: Any) -> Any:
