@@ -1,4 +1,4 @@
-"""Every family: tensors read one by one are those transformers loads; head and gains are what the model multiplies by."""
+"""Every family: tensors are those transformers loads; head and gains are what the model multiplies by."""
 
 from pathlib import Path
 
@@ -64,9 +64,7 @@ def test_head_gives_the_models_logits(family: str, tmp_path: Path) -> None:
     with torch.no_grad():
         logits = module(input_ids=ids).logits
     x = inputs[-1]
-    if isinstance(
-        getattr(norm, "bias", None), nn.Parameter
-    ):  # a LayerNorm takes the mean away and adds a bias
+    if isinstance(getattr(norm, "bias", None), nn.Parameter):  # a LayerNorm takes the mean away and adds a bias
         x = x - x.mean(-1, keepdim=True)
         shift = norm.bias.detach() @ head.weight.T
     else:

@@ -44,9 +44,7 @@ class _Header:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.metadata: dict[str, Any] = {}
-        self.tensors: dict[
-            str, tuple[tuple[int, ...], int, int]
-        ] = {}  # name -> shape, type, offset in the file
+        self.tensors: dict[str, tuple[tuple[int, ...], int, int]] = {}  # name -> shape, type, offset in the file
         with path.open("rb") as self._file:
             try:
                 self._read()
@@ -58,9 +56,7 @@ class _Header:
             raise ModelError(f"{self.path} does not begin with 'GGUF', so it is no GGUF file")
         version = self._value("I")
         if version not in (2, 3):
-            raise ModelError(
-                f"{self.path} is GGUF version {version}; expected 2 or 3: convert the model again"
-            )
+            raise ModelError(f"{self.path} is GGUF version {version}; expected 2 or 3: convert the model again")
         count, pairs = self._value("Q"), self._value("Q")
         for _ in range(pairs):
             key = self._string()
@@ -231,9 +227,7 @@ def _name_map(store: Gguf, skeleton: nn.Module, processor: Any) -> dict[str, str
 
     arch = next((key for key, name in MODEL_ARCH_NAMES.items() if name == store.architecture), None)
     if arch is None:
-        raise ModelError(
-            f"{store.path}: the gguf package knows no architecture {store.architecture!r}; upgrade it"
-        )
+        raise ModelError(f"{store.path}: the gguf package knows no architecture {store.architecture!r}; upgrade it")
     layers = int(store.metadata.get(f"{store.architecture}.block_count", 0))
     names = get_tensor_name_map(arch, layers)
     found: dict[str, str] = {}

@@ -17,9 +17,7 @@ from neuropil.models.model import Model
 from neuropil.models.stores import AGAIN, InMemory, Safetensors, Store, TorchFiles
 
 _NO_CONTENT = ("_name_or_path", "transformers_version", "dtype", "torch_dtype", "use_cache")
-_FORMATS = (
-    "a GGUF file, a Hugging Face folder (config.json with safetensors or pytorch_model.bin), or a hub name"
-)
+_FORMATS = "a GGUF file, a Hugging Face folder (config.json with safetensors or pytorch_model.bin), or a hub name"
 
 
 def load(source: str | os.PathLike[str] | nn.Module, tokenizer: Any = None) -> Model:
@@ -58,9 +56,7 @@ def _in_memory(module: nn.Module, tokenizer: Any) -> Model:
     identity = _identity(config.to_diff_dict()) if hasattr(config, "to_diff_dict") else type(module).__name__
     name = getattr(config, "_name_or_path", "") or type(module).__name__
     store = InMemory(module)
-    return Model(
-        name, module, store, None, identity=identity, tokenizer=lambda: tokenizer, whole=lambda *_: module
-    )
+    return Model(name, module, store, None, identity=identity, tokenizer=lambda: tokenizer, whole=lambda *_: module)
 
 
 def _identity(config: dict[str, Any]) -> dict[str, Any]:
@@ -138,9 +134,7 @@ def _folder(path: Path, name: str, tokenizer: Any) -> Model:
         files = sorted(path.glob("*.gguf"))
         if len(files) == 1:
             return _gguf(files[0], name, tokenizer)
-        raise ModelError(
-            f"{name}: the folder has no config.json and not exactly one GGUF file; expected {_FORMATS}"
-        )
+        raise ModelError(f"{name}: the folder has no config.json and not exactly one GGUF file; expected {_FORMATS}")
     config, settings = _config(path)
     if (quantised := settings.get("quantization_config")) is not None:
         method = quantised.get("quant_method", "an unknown method")
@@ -196,9 +190,7 @@ def _weights(path: Path, name: str) -> Store:
             return kind([path / shard for shard in shards])
         if single.is_file():
             return kind([single])
-    raise ModelError(
-        f"{name}: {path} has a config.json but neither model.safetensors nor pytorch_model.bin; {AGAIN}"
-    )
+    raise ModelError(f"{name}: {path} has a config.json but neither model.safetensors nor pytorch_model.bin; {AGAIN}")
 
 
 def _folder_tokenizer(path: Path) -> Any:
@@ -218,9 +210,9 @@ def _folder_tokenizer(path: Path) -> Any:
         with skeleton.quiet():
             return AutoTokenizer.from_pretrained(path, local_files_only=True)
     except (ValueError, KeyError, OSError, ImportError) as error:
-        raise ModelError(
-            f"{path}: its tokenizer cannot be read ({error}); pass one: load(path, tokenizer=...)"
-        ) from (error)
+        raise ModelError(f"{path}: its tokenizer cannot be read ({error}); pass one: load(path, tokenizer=...)") from (
+            error
+        )
 
 
 def _from_folder(model: Model, dtype: torch.dtype) -> nn.Module:
@@ -240,9 +232,7 @@ def _from_hub(name: str) -> Path:
     for offline in (True, False):
         for weights in (["model*.safetensors"], ["pytorch_model*.bin"]):
             try:
-                folder = Path(
-                    snapshot_download(name, allow_patterns=_SMALL + weights, local_files_only=offline)
-                )
+                folder = Path(snapshot_download(name, allow_patterns=_SMALL + weights, local_files_only=offline))
             except HFValidationError as error:
                 raise ModelError(f"{name!r} is neither a file nor a valid hub name ({error})") from error
             except Exception as error:  # the hub client raises many kinds: offline, HTTP, unknown repository

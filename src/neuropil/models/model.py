@@ -77,9 +77,7 @@ class Model:
     @cached_property
     def parameters(self) -> int:
         tied = {name for name in self._ties if self._ties[name] != name}
-        own = {
-            name: p for name, p in self.skeleton.named_parameters(remove_duplicate=False) if name not in tied
-        }
+        own = {name: p for name, p in self.skeleton.named_parameters(remove_duplicate=False) if name not in tied}
         return sum(p.numel() for p in own.values())
 
     @cached_property
@@ -116,14 +114,11 @@ class Model:
     def _read(self, name: str) -> Tensor:
         sources: Any = self.store.shapes if self.reader is None else self.reader.sources
         if name not in sources:
-            tied = self._ties.get(name) or next(
-                (k for k, v in self._ties.items() if v == name and k in sources), None
-            )
+            tied = self._ties.get(name) or next((k for k, v in self._ties.items() if v == name and k in sources), None)
             if tied is None or tied not in sources:
                 known = name in self.skeleton.state_dict()
                 raise ModelError(
-                    f"{self.name}: the checkpoint holds no tensor for {name!r}; the file is incomplete, "
-                    "get it again"
+                    f"{self.name}: the checkpoint holds no tensor for {name!r}; the file is incomplete, get it again"
                     if known
                     else f"{self.name}: {self.architecture} has no tensor {name!r}"
                 )
@@ -229,10 +224,7 @@ class Model:
             note = self._between(source)
         elif (last := tracing.last_norm(self.skeleton, self._trace)) is not None:
             gain = self._gain(last)
-            note = (
-                f"{last} is the last norm before the head, but its output was not seen to reach the "
-                f"head as it is"
-            )
+            note = f"{last} is the last norm before the head, but its output was not seen to reach the head as it is"
         self._fits(name, weight)
         rows = min(len(weight), self._vocabulary or len(weight))
         return Head(weight[:rows], gain, None if bias is None else bias[:rows], note)
@@ -260,9 +252,7 @@ class Model:
         )
 
     def _fits(self, name: str, weight: Tensor) -> None:
-        width = getattr(
-            self.config.get_text_config() if self.config is not None else None, "hidden_size", None
-        )
+        width = getattr(self.config.get_text_config() if self.config is not None else None, "hidden_size", None)
         if width is not None and weight.shape[1] != width:
             raise ModelError(
                 f"{self.name}: the head {name!r} reads {weight.shape[1]} numbers but the residual stream "
@@ -273,8 +263,11 @@ class Model:
 
     @cached_property
     def _vocabulary(self) -> int:
-        """How many token ids the tokenizer knows; 0 without a tokenizer."""
-        return len(self._texts)
+        """How many token ids the tokenizer knows; 0 without one, or where it cannot be read."""
+        try:
+            return len(self._texts)
+        except ModelError:
+            return 0
 
     @cached_property
     def _texts(self) -> list[str]:
@@ -283,9 +276,7 @@ class Model:
     def tokens(self) -> list[str]:
         """The readable text of every token id, leading space kept: one for each row of `head().weight`."""
         if self.tokenizer is None:
-            raise ModelError(
-                f"{self.name}: no tokenizer came with the model; give one: load(module, tokenizer=...)"
-            )
+            raise ModelError(f"{self.name}: no tokenizer came with the model; give one: load(module, tokenizer=...)")
         if self._head_name is None:
             return list(self._texts)
         weight: Tensor = self.skeleton.state_dict()[self._head_weight(self._head_name)]

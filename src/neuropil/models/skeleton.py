@@ -84,9 +84,9 @@ def build(config: Any, where: str) -> nn.Module:
         with quiet(), torch.device("meta"):
             return cls._from_config(copy.deepcopy(config)).eval()
     except (ValueError, TypeError, KeyError, AttributeError, RuntimeError, ImportError) as error:
-        raise ModelError(
-            f"{where}: {cls.__name__} cannot be built from its config ({error}); check config.json"
-        ) from (error)
+        raise ModelError(f"{where}: {cls.__name__} cannot be built from its config ({error}); check config.json") from (
+            error
+        )
 
 
 def ties(skeleton: nn.Module) -> dict[str, str]:
@@ -144,9 +144,7 @@ class Recipes:
         converter = copy.deepcopy(recipe.converter)
         for pattern, key in recipe.parts:
             converter.add_tensor(recipe.key, key, pattern, self.store.read(key))
-        made = converter.convert(
-            recipe.key, model=self.skeleton, config=getattr(self.skeleton, "config", None)
-        )
+        made = converter.convert(recipe.key, model=self.skeleton, config=getattr(self.skeleton, "config", None))
         tensor = made[parameter]
         return tensor[0] if isinstance(tensor, list) else tensor
 

@@ -105,9 +105,7 @@ class Safetensors(TensorStore):
             with safe_open(self.files[name], framework="pt", device="cpu") as file:
                 return file.get_tensor(name)
         except (SafetensorError, OSError) as error:
-            raise ModelError(
-                f"{self.files[name]}: tensor {name!r} cannot be read ({error}); {AGAIN}"
-            ) from error
+            raise ModelError(f"{self.files[name]}: tensor {name!r} cannot be read ({error}); {AGAIN}") from error
 
     def nbytes(self) -> int:
         return self._bytes
@@ -168,8 +166,7 @@ def torch_tensors(path: Path) -> dict[str, Tensor]:
             found = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise ModelError(
-            f"{path} holds more than tensors, and neuropil never unpickles objects; save the weights as "
-            "safetensors"
+            f"{path} holds more than tensors, and neuropil never unpickles objects; save the weights as safetensors"
         ) from error
     except (RuntimeError, EOFError, OSError, ValueError) as error:
         raise ModelError(f"{path} is no readable torch file ({error}); {AGAIN}") from error
@@ -229,17 +226,11 @@ def merged(module: nn.Module, name: str, weight: Tensor) -> Tensor:
     if leaf != "weight" or not path.endswith("base_layer"):
         return weight
     owner: Any = module.get_submodule(path.rpartition(".")[0])
-    if not all(hasattr(owner, part) for part in ("lora_A", "lora_B", "scaling")) or getattr(
-        owner, "merged", False
-    ):
+    if not all(hasattr(owner, part) for part in ("lora_A", "lora_B", "scaling")) or getattr(owner, "merged", False):
         return weight
     weight = weight.float()
     for adapter in getattr(owner, "active_adapters", list(owner.lora_A)):
         if adapter in owner.lora_A:
-            delta = (
-                owner.lora_B[adapter].weight.detach().float() @ owner.lora_A[adapter].weight.detach().float()
-            )
-            weight = weight + owner.scaling[adapter] * (
-                delta.T if getattr(owner, "fan_in_fan_out", False) else delta
-            )
+            delta = owner.lora_B[adapter].weight.detach().float() @ owner.lora_A[adapter].weight.detach().float()
+            weight = weight + owner.scaling[adapter] * (delta.T if getattr(owner, "fan_in_fan_out", False) else delta)
     return weight

@@ -85,7 +85,8 @@ def watch(model: nn.Module, watched: Iterable[str]) -> Trace | None:
     was_training = [module for module in model.modules() if module.training]
     with ExitStack() as stack:
         for name, module in model.named_modules():
-            if name in norms or isinstance(module, nn.Linear):
+            outside = not any(part.isdecimal() for part in name.split("."))
+            if name in norms or (outside and isinstance(module, nn.Linear)):
                 stack.enter_context(_hook(module.register_forward_hook(produced(name, norm=name in norms))))
         for name in set(watched):
             module = model.get_submodule(name)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from functools import cache
 from typing import Any
 
 _BLANK = "\u2581"  # sentencepiece writes a space so
+_BYTE = re.compile("<0x([0-9A-F]{2})>")  # and a byte that no token covers so
 
 
 @cache
@@ -31,36 +33,25 @@ def texts(tokenizer: Any) -> list[str]:
     """
     vocabulary: dict[str, int] = tokenizer.get_vocab()
     literal = {str(token) for token in getattr(tokenizer, "added_tokens_encoder", {})}
-    read = _reader(vocabulary)
+    spelling = _spelling(vocabulary)
+    table = byte_of()
     result = [""] * (max(vocabulary.values(), default=-1) + 1)
     for token, number in vocabulary.items():
-        result[number] = token if token in literal else read(token)
+        text = token
+        if token not in literal:
+            if spelling == "bytes" and all(character in table for character in token):
+                text = bytes([table[character] for character in token]).decode("utf-8", errors="replace")
+            elif spelling == "blanks":
+                byte = _BYTE.fullmatch(token)
+                text = bytes.fromhex(byte[1]).decode("utf-8", "replace") if byte else token.replace(_BLANK, " ")
+        result[number] = text
     return result
 
 
-def _reader(vocabulary: dict[str, int]) -> Any:
-    """How this vocabulary spells its tokens, told from the spellings themselves."""
+def _spelling(vocabulary: dict[str, int]) -> str:
+    """How this vocabulary spells its tokens, told from the spellings: "bytes", "blanks" or "plain"."""
     spaced = sum(token.startswith("Ġ") for token in vocabulary)
     blank = sum(token.startswith(_BLANK) for token in vocabulary)
     if blank > spaced:
-        return _sentencepiece
-    if spaced and all(byte in vocabulary for byte in list(byte_of())[:64]):
-        return _byte_level
-    return str
-
-
-def _byte_level(token: str) -> str:
-    table = byte_of()
-    try:
-        return bytes(table[character] for character in token).decode("utf-8", errors="replace")
-    except KeyError:  # a token that was added as plain text
-        return token
-
-
-def _sentencepiece(token: str) -> str:
-    if len(token) == 6 and token.startswith("<0x") and token.endswith(">"):
-        try:
-            return bytes([int(token[3:5], 16)]).decode("utf-8", errors="replace")
-        except ValueError:
-            return token
-    return token.replace(_BLANK, " ")
+        return "blanks"
+    return "bytes" if spaced and all(byte in vocabulary for byte in list(byte_of())[:64]) else "plain"
