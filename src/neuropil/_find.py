@@ -49,9 +49,10 @@ def stem(token: str) -> str:
 def variants(word: str, tokens: list[str]) -> list[str]:
     """Those of `tokens` that are variants of `word`."""
     target = stem(word)
-    # Stemming changes a word's end: comparing beginnings first spares stemming the whole vocabulary.
-    head = target[: max(1, min(3, len(target) - 1))]
-    return [t for t in tokens if t.strip().casefold().startswith(head) and stem(t) == target]
+    # Stemming changes a word's end ("dying" to "die" is the most it does): looking for its beginning first spares
+    # stemming the whole vocabulary.
+    head = target[: 1 if target.endswith("ie") else max(1, min(3, len(target) - 1))]
+    return [t for t in tokens if head in t.casefold() and stem(t) == target]
 
 
 def find(atlas: Atlas, words: str, limit: int, by: str) -> pa.Table:
@@ -65,9 +66,7 @@ def find(atlas: Atlas, words: str, limit: int, by: str) -> pa.Table:
     lists = [c for c, t in columns.items() if t == "VARCHAR[]" and _TOKENS.match(c)]
     label = columns.get("label") == "VARCHAR"
     if not lists and not label:
-        raise AtlasError(
-            f"{atlas.path} has no labels or tokens to search; run `neuropil atlas` to decode the model"
-        )
+        raise AtlasError(f"{atlas.path} has no labels or tokens to search; run `neuropil atlas` to decode the model")
     by_token = _by_token(atlas, terms, lists, label, limit) if by != "meaning" else []
     by_meaning, note = [], ""
     if by == "meaning" or (by == "both" and meaning.available()):
@@ -102,9 +101,7 @@ def _table(rows: list[dict[str, Any]], columns: dict[str, str], note: str) -> pa
     }
     fields += [(name, type) for name, type in extra.items() if name in columns]
     schema = pa.schema(fields, metadata={"note": note} if note else None)
-    return pa.Table.from_pylist(
-        [{name: row.get(name) for name in schema.names} for row in rows], schema=schema
-    )
+    return pa.Table.from_pylist([{name: row.get(name) for name in schema.names} for row in rows], schema=schema)
 
 
 def _chosen(atlas: Atlas, lists: list[str]) -> str:
@@ -123,9 +120,7 @@ def _order(atlas: Atlas) -> str:
 # ------------------------------------------------------------------------------------------------ by token
 
 
-def _by_token(
-    atlas: Atlas, terms: list[str], lists: list[str], label: bool, limit: int
-) -> list[dict[str, Any]]:
+def _by_token(atlas: Atlas, terms: list[str], lists: list[str], label: bool, limit: int) -> list[dict[str, Any]]:
     known = _strings(atlas, lists, label)
     families = [found for term in terms if (found := variants(term, known))]
     if not families:
@@ -179,9 +174,7 @@ def _shown(row: dict[str, Any], lists: list[str], holding: list[str]) -> list[st
 # ---------------------------------------------------------------------------------------------- by meaning
 
 
-def _by_meaning(
-    atlas: Atlas, words: str, lists: list[str], limit: int, seen: set[str]
-) -> list[dict[str, Any]]:
+def _by_meaning(atlas: Atlas, words: str, lists: list[str], limit: int, seen: set[str]) -> list[dict[str, Any]]:
     sql = "SELECT DISTINCT label FROM neurons WHERE label <> '' ORDER BY label"
     labels = [str(t) for t in atlas.query(sql)["label"].to_pylist() if _WORD.search(t)]
     if not labels:

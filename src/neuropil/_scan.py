@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import threading
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +39,13 @@ class Snapshot:
     manifest: dict[str, Any]
     sites: list[Site]
     parts: dict[str, dict[int, Part]]
-    engine: Engine
+    vocabulary: pa.Table
+    memory: str
+
+    @cached_property
+    def engine(self) -> Engine:
+        """The database over these parts, made when first asked for."""
+        return _engine(self)
 
     def stamp(self, group: str, site: Site) -> Stamp:
         """What a part of this group and site must say of itself."""
@@ -69,6 +76,7 @@ class Scanner:
         self._snapshot: Snapshot | None = None
         self._known: dict[tuple[Any, ...], Part] = {}
         self._read: tuple[tuple[Any, ...], dict[str, Any], list[Site]] = ((), {}, [])
+        self._vocabulary: pa.Table | None = None
 
     def fresh(self) -> Snapshot:
         """The snapshot, made anew if files came or went since. Raises AtlasError naming bad parts."""
@@ -77,12 +85,14 @@ class Scanner:
             if not seen or self._read[0] != seen:
                 manifest = _manifest.read(self._path)
                 self._read = (seen, manifest, [_manifest.site(entry) for entry in manifest["sites"]])
+            if self._vocabulary is None:  # written once, before the first manifest
+                self._vocabulary = _manifest.vocabulary(self._path)
             _, manifest, sites = self._read
             files = {group: _listing(self._path / "parts" / group) for group in manifest["groups"]}
             key = (seen, tuple(files.items()))
             if self._snapshot is None or self._snapshot.key != key:
                 parts = self._collect(manifest, sites, files)
-                self._snapshot = Snapshot(key, manifest, sites, parts, self._engine(sites, parts))
+                self._snapshot = Snapshot(key, manifest, sites, parts, self._vocabulary, self._memory)
             return self._snapshot
 
     def _collect(
@@ -116,47 +126,49 @@ class Scanner:
         self._known = known
         return groups
 
-    def _engine(self, sites: list[Site], parts: dict[str, dict[int, Part]]) -> Engine:
-        widths = np.array([site.width for site in sites], dtype=np.int64)
-        numbers = np.array([site.number for site in sites], dtype=np.int32)
-        tables: dict[str, pa.Table | ds.Dataset] = {
-            "sites": pa.table(
-                {
-                    "site": numbers,
-                    "module": pa.array([s.name for s in sites], pa.string()),
-                    "layer": pa.array([s.layer for s in sites], pa.int32()),
-                    "width": widths.astype(np.int32),
-                    "kind": pa.array([s.kind for s in sites], pa.string()),
-                    "activation": pa.array([s.activation for s in sites], pa.string()),
-                }
-            ),
-            "_index": pa.table(
-                {
-                    "site": np.repeat(numbers, widths),
-                    "index": np.concatenate([np.arange(w, dtype=np.int32) for w in widths]),
-                }
-            ),
-            "vocabulary": _manifest.vocabulary(self._path),
-        }
-        views: dict[str, str] = {}
-        chosen = ["n.site || ':' || n.index AS neuron", "n.site", "n.index", "s.layer", "s.module"]
-        joins = ["_index n JOIN sites s ON s.site = n.site"]
-        used = set(_parts.RESERVED)
-        for group, found in parts.items():
-            if not found:
-                continue
-            schema = _parts.unify([part.schema for part in found.values()], group)
-            data = f'"_group_{group}"'
-            tables[data.strip('"')] = _dataset(found, schema)
-            views[group] = f"SELECT site || ':' || index AS neuron, * FROM {data}"
-            kind = "JOIN" if len(found) == len(sites) else "LEFT JOIN"
-            joins.append(f"{kind} {data} ON {data}.site = n.site AND {data}.index = n.index")
-            for name in schema.names[2:]:
-                shown = name if name.lower() not in used else f"{group}_{name}"
-                used.add(shown.lower())
-                chosen.append(f'{data}."{name}" AS "{shown}"')
-        views["neurons"] = f"SELECT {', '.join(chosen)} FROM {' '.join(joins)}"
-        return Engine(tables, views, self._memory)
+
+def _engine(snapshot: Snapshot) -> Engine:
+    sites = snapshot.sites
+    widths = np.array([site.width for site in sites], dtype=np.int64)
+    numbers = np.array([site.number for site in sites], dtype=np.int32)
+    tables: dict[str, pa.Table | ds.Dataset] = {
+        "sites": pa.table(
+            {
+                "site": numbers,
+                "module": pa.array([s.name for s in sites], pa.string()),
+                "layer": pa.array([s.layer for s in sites], pa.int32()),
+                "width": widths.astype(np.int32),
+                "kind": pa.array([s.kind for s in sites], pa.string()),
+                "activation": pa.array([s.activation for s in sites], pa.string()),
+            }
+        ),
+        "_index": pa.table(
+            {
+                "site": np.repeat(numbers, widths),
+                "index": np.concatenate([np.arange(w, dtype=np.int32) for w in widths]),
+            }
+        ),
+        "vocabulary": snapshot.vocabulary,
+    }
+    views: dict[str, str] = {}
+    chosen = ["n.site || ':' || n.index AS neuron", "n.site", "n.index", "s.layer", "s.module"]
+    joins = ["_index n JOIN sites s ON s.site = n.site"]
+    used = set(_parts.RESERVED)
+    for group, found in snapshot.parts.items():
+        if not found:
+            continue
+        schema = _parts.unify([part.schema for part in found.values()], group)
+        data = f'"_group_{group}"'
+        tables[data.strip('"')] = _dataset(found, schema)
+        views[group] = f"SELECT site || ':' || index AS neuron, * FROM {data}"
+        kind = "JOIN" if len(found) == len(sites) else "LEFT JOIN"
+        joins.append(f"{kind} {data} ON {data}.site = n.site AND {data}.index = n.index")
+        for name in schema.names[2:]:
+            shown = name if name.lower() not in used else f"{group}_{name}"
+            used.add(shown.lower())
+            chosen.append(f'{data}."{name}" AS "{shown}"')
+    views["neurons"] = f"SELECT {', '.join(chosen)} FROM {' '.join(joins)}"
+    return Engine(tables, views, snapshot.memory)
 
 
 def _refuse(bad: list[str]) -> None:

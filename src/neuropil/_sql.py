@@ -13,13 +13,18 @@ import re
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import duckdb
 import pyarrow as pa
 import pyarrow.dataset as ds
 
 from neuropil.errors import QueryError
+
+if TYPE_CHECKING:
+    Connection = duckdb.DuckDBPyConnection
+else:  # a checker of types at run time would keep DuckDB's class alive past the end, which DuckDB reports
+    Connection = Any
 
 _SETTINGS = (
     "temp_directory = ''",  # before the file system goes: no spilling to disk
@@ -60,18 +65,14 @@ class Engine:
     DuckDB may use.
     """
 
-    def __init__(
-        self, tables: Mapping[str, pa.Table | ds.Dataset], views: Mapping[str, str], memory: str
-    ) -> None:
+    def __init__(self, tables: Mapping[str, pa.Table | ds.Dataset], views: Mapping[str, str], memory: str) -> None:
         self._tables, self._views = dict(tables), dict(views)
         self._columns: dict[str, dict[str, str]] = {}
         self._database = duckdb.connect(":memory:")
         for setting in (*_SETTINGS, f"memory_limit = '{memory}'"):
             self._database.execute(f"SET {setting}")
         for name in _REPLACEMENTS:
-            known = self._database.execute(
-                "SELECT 1 FROM duckdb_settings() WHERE name = ?", [name]
-            ).fetchone()
+            known = self._database.execute("SELECT 1 FROM duckdb_settings() WHERE name = ?", [name]).fetchone()
             if known:
                 self._database.execute(f"SET {name} = false")
         self._database.execute("SET lock_configuration = true")
@@ -89,7 +90,7 @@ class Engine:
         sql: str,
         params: Sequence[Any] | Mapping[str, Any] | None,
         limit: int | None,
-        timeout: float | None,
+        timeout: float | int | None,
     ) -> pa.Table:
         """Run one SELECT; raises QueryError (see `Atlas.query`)."""
         with self._cursor() as cursor:
@@ -122,7 +123,7 @@ class Engine:
                     clock.cancel()
 
     @contextmanager
-    def _cursor(self) -> Iterator[duckdb.DuckDBPyConnection]:
+    def _cursor(self) -> Iterator[Connection]:
         # Views of the session, not of the database: what one query could do to them dies with its cursor.
         cursor = self._database.cursor()
         try:
@@ -135,7 +136,7 @@ class Engine:
         finally:
             cursor.close()
 
-    def _one_select(self, cursor: duckdb.DuckDBPyConnection, sql: str) -> str:
+    def _one_select(self, cursor: Connection, sql: str) -> str:
         try:
             statements = cursor.extract_statements(sql)
         except duckdb.Error as bad:
@@ -148,9 +149,7 @@ class Engine:
                 "this PIVOT is several statements to DuckDB; name its values: PIVOT ... ON x IN ('a', 'b')"
             )
         if kind != duckdb.StatementType.SELECT:
-            raise QueryError(
-                f"{kind.name} is refused: an atlas is read with SELECT (or FROM, DESCRIBE, SUMMARIZE)"
-            )
+            raise QueryError(f"{kind.name} is refused: an atlas is read with SELECT (or FROM, DESCRIBE, SUMMARIZE)")
         text = str(statements[0].query)
         for name in sorted(set(_calls(cursor, text)) - _TABLE_FUNCTIONS):
             raise QueryError(
@@ -170,21 +169,17 @@ class Engine:
         words = {w for w in re.findall(r"[A-Za-z_]\w*", sql) if w not in columns}
         near = {m for w in words for m in difflib.get_close_matches(w, columns, n=3, cutoff=0.6)}
         listed = sorted(near) or sorted(columns)[:_SHOWN]
-        more = (
-            "" if near or len(columns) <= _SHOWN else f" and {len(columns) - _SHOWN} more (DESCRIBE neurons)"
-        )
+        more = "" if near or len(columns) <= _SHOWN else f" and {len(columns) - _SHOWN} more (DESCRIBE neurons)"
         kind = "columns of a similar name" if near else "columns"
         return f"{message}\n{kind}: {', '.join(listed)}{more}\ntables: {self._names()}"
 
 
-def _calls(cursor: duckdb.DuckDBPyConnection, sql: str) -> Iterator[str]:
+def _calls(cursor: Connection, sql: str) -> Iterator[str]:
     """Names of the table functions that a SELECT calls anywhere, read from DuckDB's own parse of it."""
     [[text]] = cursor.execute("SELECT json_serialize_sql(?::VARCHAR)", [sql]).fetchall()
     tree = json.loads(text)
     if tree.get("error"):
-        raise QueryError(
-            f"only a plain SELECT is run here: {tree.get('error_message', 'it cannot be parsed')}"
-        )
+        raise QueryError(f"only a plain SELECT is run here: {tree.get('error_message', 'it cannot be parsed')}")
     todo: list[Any] = [tree]
     while todo:
         node = todo.pop()

@@ -328,7 +328,7 @@ class Atlas:
         sql: str,
         params: Sequence[Any] | Mapping[str, Any] | None = None,
         limit: int | None = None,
-        timeout: float | None = None,
+        timeout: float | int | None = None,
     ) -> pa.Table:
         """Run one SELECT over the atlas; gives an Arrow table of at most `limit` rows.
 
