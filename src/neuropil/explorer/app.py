@@ -82,8 +82,8 @@ def build(path: Path, model: Any, hosts: list[str] | None) -> FastAPI:
     app.add_middleware(Guard, hosts=hosts)
     app.mount("/static", StaticFiles(directory=HERE / "static"), name="static")
 
-    def page(request: Request, name: str, status: int = 200, **context: Any) -> HTMLResponse:
-        return templates.TemplateResponse(request, name, context, status_code=status)
+    def page(request: Request, template: str, code: int = 200, **context: Any) -> HTMLResponse:
+        return templates.TemplateResponse(request, template, context, status_code=code)
 
     _errors(app, page)
     _table(app, facts, page)
