@@ -93,9 +93,7 @@ def test_the_results_table_puts_the_paper_beside_the_measured(tree: Docs) -> Non
 
 
 def test_the_methods_table_has_every_paper_once(tree: Docs) -> None:
-    rows = [line for line in tree.block("methods", tree.root / "docs").splitlines() if line.startswith("| ")][
-        2:
-    ]
+    rows = [line for line in tree.block("methods", tree.root / "docs").splitlines() if line.startswith("| ")][2:]
     assert len(rows) == 56
     for entry, row in zip(catalog(), rows, strict=True):
         assert entry.title in row

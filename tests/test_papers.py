@@ -36,9 +36,7 @@ def test_an_entry_is_well_formed(entry: papers.Paper) -> None:
     assert re.fullmatch(r"[a-z]+(-[a-z]+)*", entry.slug)
     assert entry.module.isidentifier()
     assert entry.public.isidentifier()
-    assert re.fullmatch(r"\d{4}\.\d{5}", entry.arxiv or "") or re.fullmatch(
-        r"10\.\d{4,}/\S+", entry.doi or ""
-    )
+    assert re.fullmatch(r"\d{4}\.\d{5}", entry.arxiv or "") or re.fullmatch(r"10\.\d{4,}/\S+", entry.doi or "")
     # An arXiv number opens with the year and month of the first version, which no citation predates.
     if entry.arxiv and entry.slug not in {
         "filter-design",
@@ -79,9 +77,7 @@ def test_status_follows_the_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert entry.status == "planned"
     entry.source.write_text("class GraNet: ...\n")
     assert entry.status == "implemented"
-    report = Report(
-        "granet", entry.title, entry.claim, "r", "partly", (Row.of("a", "m", [1.0]),), (), (0,), "default"
-    )
+    report = Report("granet", entry.title, entry.claim, "r", "partly", (Row.of("a", "m", [1.0]),), (), (0,), "default")
     report.save(tmp_path / "docs" / "results" / "granet.json")
     assert entry.status == "implemented", "without a pyproject.toml this is no source tree"
     (tmp_path / "pyproject.toml").touch()
@@ -96,9 +92,7 @@ def test_an_installed_package_copes_without_docs(tmp_path: Path) -> None:
     """The package's files alone, as a wheel has them, in a folder of their own."""
     ignore = shutil.ignore_patterns("__pycache__")
     shutil.copytree(papers.PACKAGE, tmp_path / "neuropil", ignore=ignore)
-    code = (
-        "import neuropil.papers as p; print(p.PACKAGE, p.results_folder(), {e.status for e in p.catalog()})"
-    )
+    code = "import neuropil.papers as p; print(p.PACKAGE, p.results_folder(), {e.status for e in p.catalog()})"
     done = subprocess.run(
         [sys.executable, "-c", code],
         env={"PYTHONPATH": str(tmp_path)},
@@ -148,9 +142,7 @@ def test_search_by_words_finds_what_is_meant(query: str, monkeypatch: pytest.Mon
 def test_search_by_words_leaves_out_what_shares_none(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(meaning, "available", lambda: False)
     assert search("xylophone") == []
-    assert all(
-        "prun" in f"{entry.title} {entry.claim} {entry.slug}".lower() for entry in search("pruned", 56)
-    )
+    assert all("prun" in f"{entry.title} {entry.claim} {entry.slug}".lower() for entry in search("pruned", 56))
 
 
 needs_model = pytest.mark.skipif(not meaning.available(), reason="the sentence model is not installed")

@@ -35,9 +35,7 @@ from neuropil.errors import NeuropilError
 from neuropil.report import Report
 
 Family = Literal["interpret", "compress", "grow", "layers", "learn", "measure", "brain"]
-Kind = Literal[
-    "layer", "parametrization", "schedule", "transform", "rule", "estimator", "score", "law", "study"
-]
+Kind = Literal["layer", "parametrization", "schedule", "transform", "rule", "estimator", "score", "law", "study"]
 
 FAMILIES: dict[str, str] = {
     "interpret": "what do the neurons do?",

@@ -122,10 +122,7 @@ def test_smoke_and_chosen_seeds_stay_out_of_the_docs(folder: Path, monkeypatch: 
 
 def test_a_finished_seed_is_not_measured_again_unless_asked(folder: Path) -> None:
     first = reproduce(SLUG, "smoke", out=folder / "out")
-    assert (
-        reproduce(SLUG, "smoke", seeds=(1, 2), out=folder / "out").rows[0].values[0]
-        == first.rows[0].values[1]
-    )
+    assert reproduce(SLUG, "smoke", seeds=(1, 2), out=folder / "out").rows[0].values[0] == first.rows[0].values[1]
     assert measured(folder) == ["smoke 0", "smoke 1", "smoke 2"]
     reproduce(SLUG, "smoke", out=folder / "out", fresh=True)
     assert measured(folder)[3:] == ["smoke 0", "smoke 1"]
@@ -202,9 +199,7 @@ def test_a_reproduction_may_draw_its_own_figure(folder: Path) -> None:
 
 
 def test_all_goes_on_after_a_broken_one(folder: Path) -> None:
-    broken = SOURCE.replace(
-        "def measure(scale, seed, progress):", "def measure(scale, seed, progress):\n    1 / 0"
-    )
+    broken = SOURCE.replace("def measure(scale, seed, progress):", "def measure(scale, seed, progress):\n    1 / 0")
     (folder / "modules" / "bone.py").write_text(broken)
     harness.__path__[:] = harness.__path__[:1]  # these two alone
     assert harness.available() == ["bone", SLUG]
@@ -214,9 +209,7 @@ def test_all_goes_on_after_a_broken_one(folder: Path) -> None:
     assert isinstance(outcomes[SLUG], Report)
 
 
-@pytest.mark.parametrize(
-    "part", ["CLAIM", "RULE", "PAPER_SAYS", "SEEDS", "SETTINGS", "measure", "verdict", "run"]
-)
+@pytest.mark.parametrize("part", ["CLAIM", "RULE", "PAPER_SAYS", "SEEDS", "SETTINGS", "measure", "verdict", "run"])
 def test_what_a_reproduction_lacks_is_named(folder: Path, part: str) -> None:
     (folder / "modules" / "layer_normalization.py").write_text(SOURCE + f"\ndel {part}\n")
     with pytest.raises(ReproductionError, match=part):

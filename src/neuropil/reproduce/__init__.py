@@ -64,8 +64,7 @@ def load(slug: str) -> Reproduction:
     if slug not in available():
         known = ", ".join(available()) or "none"
         raise ReproductionError(
-            f"The claim of {slug!r} cannot be re-run yet: there is no neuropil/reproduce/{name}.py. "
-            f"There are: {known}."
+            f"The claim of {slug!r} cannot be re-run yet: there is no neuropil/reproduce/{name}.py. There are: {known}."
         )
     return Reproduction(slug, importlib.import_module(f"{__name__}.{name}"))
 
@@ -97,9 +96,7 @@ def reproduce(
         raise ReproductionError(f"Seeds {chosen}; expected at least one and each once.")
     report = measure_all(reproduction, scale, chosen, work=work_folder(), fresh=fresh)
     plain = seeds is None and scale != "smoke"
-    folder = (
-        Path(out) if out is not None else (results_folder() if plain else None) or work_folder() / "results"
-    )
+    folder = Path(out) if out is not None else (results_folder() if plain else None) or work_folder() / "results"
     _write(reproduction, report, folder)
     return report
 

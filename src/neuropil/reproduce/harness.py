@@ -51,9 +51,7 @@ class Meter:
     6
     """
 
-    def __init__(
-        self, progress: Progress | None = None, task: TaskID | None = None, prefix: str = ""
-    ) -> None:
+    def __init__(self, progress: Progress | None = None, task: TaskID | None = None, prefix: str = "") -> None:
         self._progress, self._task, self._prefix = progress, task, prefix
 
     def __call__(self, fraction: float, note: str = "") -> None:
@@ -61,9 +59,7 @@ class Meter:
         if self._progress is not None and self._task is not None:
             self._progress.update(self._task, completed=fraction, description=f"{self._prefix} {note}")
 
-    def track(
-        self, items: Iterable[Item], note: str = "", begin: float = 0.0, end: float = 1.0
-    ) -> Iterator[Item]:
+    def track(self, items: Iterable[Item], note: str = "", begin: float = 0.0, end: float = 1.0) -> Iterator[Item]:
         """Go through `items`, moving from fraction `begin` to `end`."""
         items = list(items)
         for done, item in enumerate(items):
@@ -83,15 +79,11 @@ class Reproduction:
         wanted = ("CLAIM", "RULE", "PAPER_SAYS", "SEEDS", "SETTINGS", "measure", "verdict", "run")
         missing = [name for name in wanted if not hasattr(self.module, name)]
         if missing:
-            raise ReproductionError(
-                f"{self.module.__name__} lacks {', '.join(missing)}; see CONTRIBUTING.md."
-            )
+            raise ReproductionError(f"{self.module.__name__} lacks {', '.join(missing)}; see CONTRIBUTING.md.")
         for table in ("SEEDS", "SETTINGS"):
             absent = [scale for scale in SCALES if scale not in getattr(self.module, table)]
             if absent:
-                raise ReproductionError(
-                    f"{self.module.__name__}.{table} lacks the scale {', '.join(absent)}."
-                )
+                raise ReproductionError(f"{self.module.__name__}.{table} lacks the scale {', '.join(absent)}.")
 
     def seeds(self, scale: Scale) -> tuple[int, ...]:
         """The seeds of this scale."""
