@@ -65,7 +65,7 @@ def test_missing_tensor(folder: Path) -> None:
     del tensors["model.layers.0.mlp.up_proj.weight"]
     save_file(tensors, folder / "model.safetensors")
     model = load(folder)
-    with pytest.raises(ModelError, match="holds no tensor for 'model.layers.0.mlp.up_proj.weight'"):
+    with pytest.raises(ModelError, match=r"holds no tensor for 'model.layers.0.mlp.up_proj.weight'"):
         model.rows(model.sites[0], "up")
 
 
@@ -80,7 +80,7 @@ def test_config_that_cannot_be_read(folder: Path) -> None:
 
 def test_architecture_that_transformers_has_not(folder: Path) -> None:
     edit(folder, architectures=["SecretForCausalLM"])
-    with pytest.raises(ModelError, match="SecretForCausalLM.*runs no code from checkpoints"):
+    with pytest.raises(ModelError, match=r"SecretForCausalLM.*runs no code from checkpoints"):
         load(folder)
 
 
@@ -110,7 +110,7 @@ def test_pickles_are_refused(folder: Path) -> None:
     with pytest.raises(ModelError, match="never unpickles"):
         load(folder)
     (folder / "pytorch_model.bin").write_bytes(pickle.dumps([1, 2]))
-    with pytest.raises(ModelError, match="state dict|readable torch file|never unpickles"):
+    with pytest.raises(ModelError, match=r"state dict|readable torch file|never unpickles"):
         load(folder)
     (folder / "pytorch_model.bin").write_bytes(b"PK\x03\x04 nonsense")
     with pytest.raises(ModelError, match=r"no readable torch file|never unpickles"):
@@ -120,13 +120,13 @@ def test_pickles_are_refused(folder: Path) -> None:
 def test_paths_that_are_no_model(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="no such file or folder"):
         load(tmp_path / "nowhere" / "model.gguf")
-    with pytest.raises(ModelError, match="no config.json"):
+    with pytest.raises(ModelError, match=r"no config.json"):
         load(tmp_path)
     (tmp_path / "notes.txt").write_text("hello")
     with pytest.raises(ModelError, match="unknown format"):
         load(tmp_path / "notes.txt")
     (tmp_path / "config.json").write_text('{"model_type": "llama"}')
-    with pytest.raises(ModelError, match="neither model.safetensors nor pytorch_model.bin"):
+    with pytest.raises(ModelError, match=r"neither model.safetensors nor pytorch_model.bin"):
         load(tmp_path)
 
 
@@ -161,9 +161,14 @@ def test_missing_smollm2_names_the_command(tmp_path: Path, monkeypatch: pytest.M
 
 def test_a_file_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
     target = tmp_path / "deep" / "file"
-    with pytest.raises(RuntimeError), assets.written_whole(target) as path:
-        path.write_text("half")
-        raise RuntimeError
+
+    def cut_short() -> None:
+        with assets.written_whole(target) as path:
+            path.write_text("half")
+            raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        cut_short()
     assert list(target.parent.iterdir()) == []
     with assets.written_whole(target) as path:
         path.write_text("whole")

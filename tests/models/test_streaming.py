@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from neuropil.errors import ModelError
-from neuropil.models import assets, load, stores
+from neuropil.models import Model, assets, load, stores
 
 from .families import build, saved
 from .test_gguf import needs_smollm2
@@ -50,8 +50,8 @@ def probe(path: str, what: str) -> dict[str, int]:
 @needs_smollm2
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads the peak of memory from /proc")
 @pytest.mark.parametrize("form", ["gguf", "safetensors"])
-def test_decoding_needs_the_memory_of_one_layer_and_the_head(form: str) -> None:
-    model = load("smollm2")
+def test_decoding_needs_the_memory_of_one_layer_and_the_head(form: str, smollm2: Model) -> None:
+    model = smollm2
     if form == "safetensors":
         model.module()  # makes the plain copy
     path = "smollm2" if form == "gguf" else str(assets.cache_dir() / "dequantised" / model.fingerprint)

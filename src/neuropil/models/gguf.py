@@ -38,6 +38,13 @@ _RENAMED = {
 }
 
 
+# Sizes that transformers' map leaves at their defaults; without them a model of another size would not fit.
+_UNMAPPED = {
+    "expert_feed_forward_length": "moe_intermediate_size",
+    "expert_shared_feed_forward_length": "shared_expert_intermediate_size",
+}
+
+
 class _Header:
     """The key-value pairs and the tensor table of a GGUF file (version 2 or 3, little-endian)."""
 
@@ -85,6 +92,14 @@ class _Header:
     def _string(self) -> str:
         return self._bytes(self._value("Q")).decode("utf-8")
 
+    def _strings(self, count: int) -> list[str]:
+        """A vocabulary or its merges: one loop without calls, for there are a hundred thousand."""
+        read, size = self._file.read, struct.Struct("<Q").unpack
+        found = [read(size(read(8))[0]) for _ in range(min(count, self.path.stat().st_size // 8))]
+        if len(found) < count:
+            raise ModelError(f"{self.path}: the file ends inside the GGUF header; {AGAIN}")
+        return [text.decode("utf-8") for text in found]
+
     def _typed(self, kind: int) -> Any:
         if kind == _STRING:
             return self._string()
@@ -92,6 +107,8 @@ class _Header:
             inner, count = self._value("I"), self._value("Q")
             if inner in _SCALARS:
                 return list(self._values(_SCALARS[inner], count))
+            if inner == _STRING:
+                return self._strings(count)
             return [self._typed(inner) for _ in range(count)]
         return self._value(_SCALARS[kind])
 
@@ -206,7 +223,12 @@ def _renamed(store: Gguf) -> dict[str, Any]:
         name = names.get(rest)
         if name not in (None, -1):
             config[name] = value
+    for key, name in _UNMAPPED.items():
+        if (value := store.metadata.get(f"{store.architecture}.{key}")) is not None:
+            config[name] = value
     config["model_type"] = kind
+    if kind == "gpt2" and "n_ctx" in config:
+        config["n_positions"] = config["n_ctx"]
     config.pop("_model_name_or_path", None)
     config.setdefault("vocab_size", store.shapes["token_embd.weight"][0])
     return config

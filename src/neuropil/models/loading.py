@@ -125,7 +125,13 @@ def _filled(model: Model) -> Any:
     whole.tie_weights()
     with torch.no_grad():
         for name, parameter in whole.named_parameters():
-            parameter.copy_(model.tensor(name))
+            tensor = model.tensor(name)
+            if tensor.shape != parameter.shape:
+                raise ModelError(
+                    f"{model.name}: {name!r} is {list(tensor.shape)} in the file but {list(parameter.shape)} by its "
+                    "metadata, so the two do not belong together; convert the model again"
+                )
+            parameter.copy_(tensor)
     return whole.eval()
 
 
