@@ -89,17 +89,13 @@ def measure(scale: Scale, seed: int, progress: Meter) -> list[Measurement]:
     settings = SETTINGS[scale]
     model = _model()
     generator = torch.Generator().manual_seed(seed)
+    steps: list[tuple[str, Any]] = [("clamping", causality), ("decoding", above_null), ("coherence", coherence)]
+    steps += [("fine-tuning", stability), ("chat", chat)]
     out: list[Measurement] = []
-    progress(0.02, "decoding")
-    out += above_null(model, settings, generator)
-    progress(0.25, "coherence")
-    out += coherence(model, settings, generator)
-    progress(0.35, "clamping")
-    out += causality(model, settings, generator)
-    progress(0.7, "fine-tuning")
-    out += stability(model, settings, generator)
-    progress(0.95, "chat")
-    return out + chat(model, settings, generator)
+    for done, (note, step) in enumerate(steps):
+        progress(done / len(steps), note)
+        out += step(model, settings, generator)
+    return out
 
 
 @lru_cache(maxsize=1)
