@@ -137,7 +137,7 @@ def _table(app: FastAPI, facts: Facts, page: Any) -> None:
     def read(request: Request) -> View:
         query = dict(request.query_params)
         if boxes := request.query_params.getlist("col"):  # the column chooser's boxes
-            query["cols"] = ",".join(boxes)
+            query["cols"] = View.boxes(boxes, facts.columns)
         return View.read(query, facts.columns)
 
     def answer(request: Request, view: View, path: str) -> Response:

@@ -112,7 +112,7 @@ class Facts:
             f"AND neuron IN ({', '.join(map(literal, addresses)) or 'NULL'})"
         )
         place = {a: i for i, a in enumerate(rows.column("neuron").to_pylist())}
-        return rows.take([place[a] for a in addresses])
+        return rows.take(pa.array([place[a] for a in addresses], pa.int64()))
 
     def found(self, words: str) -> list[str]:
         """The addresses of the neurons that fit the words, best first."""
@@ -215,7 +215,7 @@ class Facts:
         values = np.full(self.total, np.nan, dtype="<f4")
         where = starts[table.column("site").to_numpy()] + table.column("i").to_numpy()
         values[where] = table.column("v").cast(pa.float32()).to_numpy(zero_copy_only=False)
-        scale = self.scale(column) if kind == "number" else Scale(0, 1, False)
+        scale = self.scale(column) if kind == "number" else Scale(0.0, 1.0, False)
         head = json.dumps(
             {
                 "column": column,

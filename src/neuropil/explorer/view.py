@@ -108,6 +108,13 @@ class View:
                 pairs.append((name, ",".join(value) if isinstance(value, tuple) else str(value)))
         return path + ("?" + urlencode(pairs) if pairs else "")
 
+    @staticmethod
+    def boxes(ticked: list[str], columns: Mapping[str, str]) -> str:
+        """The `cols` of a query from the column chooser's boxes: the usual columns stay in their usual order."""
+        usual = [c for c in DEFAULT_COLUMNS if c in columns and c != "neuron"]
+        names = [c for c in usual if c in ticked] + [c for c in ticked if c not in usual]
+        return "" if names == usual else ",".join(names)
+
     def reset(self) -> "View":
         """From the top again: what a new filter or order asks for."""
         return replace(self, start=0, rows=PAGE)
