@@ -56,12 +56,13 @@ def interruptible(message: Callable[[], str]) -> Iterator[None]:
 
 def _fail(message: str, code: int, error: BaseException | None = None) -> typer.Exit:
     console = output.errors()
+    wide = not console.is_terminal  # in a pipe or a log, one line stays one line
     if error is not None and output.debugging():
         console.print(Text("".join(traceback.format_exception(error))), soft_wrap=True)
     first, _, rest = message.partition("\n")
-    console.print(Text.assemble(("error: ", "bold red"), output.clean(first)), soft_wrap=True)
+    console.print(Text.assemble(("error: ", "bold red"), output.clean(first)), soft_wrap=wide)
     if rest:
-        console.print(Text(output.clean(rest, newlines=True)), soft_wrap=True)
+        console.print(Text(output.clean(rest, newlines=True)), soft_wrap=wide)
     return typer.Exit(code)
 
 

@@ -169,29 +169,61 @@ class Column:
 
 def listing(columns: Sequence[Column], rows: Iterable[Sequence[str | Text]]) -> None:
     """A table: cut to the terminal's width, or aligned and whole in a pipe."""
-    lines = [[item if isinstance(item, Text) else Text(item) for item in row] for row in rows]
     if not is_terminal():
-        _aligned(columns, [[item.plain for item in line] for line in lines])
+        _aligned(columns, [[str(item) for item in row] for row in rows])
+        return
+    lines = [[item if isinstance(item, Text) else Text(item) for item in row] for row in rows]
+    widths = [
+        max([cell_len(column.title), *(line[place].cell_len for line in lines)]) for place, column in enumerate(columns)
+    ]
+    fitted = fit(widths, [column.give for column in columns], console().width)
+    if fitted is None:
+        _records(columns, lines)
         return
     table = Table(box=None, header_style="bold dim", pad_edge=False, padding=(0, 2, 0, 0))
-    for column in columns:
+    for column, width in zip(columns, fitted, strict=True):
         table.add_column(
-            column.title,
+            Text(column.title),
             justify=column.justify,
             style=column.style,
+            width=width,
             no_wrap=True,
             overflow="ellipsis",
-            ratio=1 if column.give else None,
-            min_width=None if column.give else min(_widest(column, columns, lines), 28),
         )
     for line in lines:
         table.add_row(*line)
     draw(table)
 
 
-def _widest(column: Column, columns: Sequence[Column], lines: Sequence[Sequence[Text]]) -> int:
-    place = list(columns).index(column)
-    return max([cell_len(column.title), *(line[place].cell_len for line in lines)])
+GAP, NARROWEST = 2, 8
+
+
+def fit(widths: Sequence[int], gives: Sequence[bool], room: int) -> list[int] | None:
+    """Column widths that fit into `room`: those that give are cut first, then the widest; None if none can be.
+
+    >>> fit([5, 30, 60], [False, False, True], 60)
+    [5, 30, 21]
+    >>> fit([30, 30, 30], [False, False, False], 20) is None
+    True
+    """
+    fitted = list(widths)
+    excess = sum(fitted) + GAP * (len(fitted) - 1) - room
+    while excess > 0:
+        cuttable = [i for i, width in enumerate(fitted) if width > NARROWEST]
+        if not cuttable:
+            return None
+        widest = max(cuttable, key=lambda i: (gives[i], fitted[i]))
+        fitted[widest] -= 1
+        excess -= 1
+    return fitted
+
+
+def _records(columns: Sequence[Column], lines: Sequence[Sequence[Text]]) -> None:
+    """Too many columns for the terminal: a block a row, a line a column."""
+    for number, line in enumerate(lines):
+        if number:
+            say()
+        pairs({column.title: text for column, text in zip(columns, line, strict=True)})
 
 
 def _aligned(columns: Sequence[Column], lines: Sequence[Sequence[str]]) -> None:
@@ -207,7 +239,7 @@ def _aligned(columns: Sequence[Column], lines: Sequence[Sequence[str]]) -> None:
 
 def pairs(rows: Mapping[str, str | Text]) -> None:
     """Names and values in two columns."""
-    width = max(len(name) for name in rows)
+    width = max((len(name) for name in rows), default=0)
     for name, value in rows.items():
         say(Text.assemble((f"{name:<{width}}  ", "dim"), value))
 
