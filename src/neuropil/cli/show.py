@@ -47,8 +47,9 @@ def show(
     output.say()
     _weights(row, top)
     _others(row)
-    output.hint(f'\nneuropil clamp {row["neuron"]}=30 --prompt "..."    turns it up')
-    output.hint(f"neuropil explore {quoted(str(path))}    shows its neighbours")
+    which = "" if model in ("", "smollm2") else f"{quoted(model)} "
+    output.hint(f"\nneuropil clamp {which}{row['neuron']}=30 --prompt '...'")
+    output.hint(f"neuropil explore {quoted(str(path))}")
 
 
 def _label(row: dict[str, Any]) -> Text:
