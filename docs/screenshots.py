@@ -18,12 +18,18 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--force-color-profile=srgb"]
 FLAGS += ["--disable-background-networking", "--disable-component-update", "--disable-sync"]
 DESK, PHONE = (1280, 800), (390, 844)
 PATIENCE = 180_000  # milliseconds: the model has to load first
-TEXT = "The dog chased the cat across the garden. In France they say that a good friend is worth more than money."
+TEXT = "We missed the plane, so we sat in the garden with the dog and talked of money, music, France and {label}."
+SQL = """SELECT neuron, label, effect, cos_up, cos_gate, cos_down
+FROM neurons
+WHERE confirmed AND specialised AND NOT hub AND sign(cos_up) <> sign(effect)
+ORDER BY abs(effect) DESC
+LIMIT 50"""
 
 
 @contextmanager
@@ -64,7 +70,7 @@ def strongest(atlas: Path) -> tuple[str, str, float]:
         ).to_pylist()
     if not rows:
         raise SystemExit(f"{atlas} has no specialised neuron to show")
-    return rows[0]["neuron"], rows[0]["label"], round(2 * float(rows[0]["value"]), 1)
+    return rows[0]["neuron"], rows[0]["label"], round(float(rows[0]["value"]) / 4, 1)
 
 
 def at_rest(page: Any) -> None:
@@ -83,7 +89,8 @@ def tap_map(page: Any) -> None:
 
 
 def fire(page: Any) -> None:
-    page.locator("#text").fill(TEXT)
+    label = page.locator("h1 .word").inner_text().strip("“”")
+    page.locator("#text").fill(TEXT.format(label=label))
     page.get_by_role("button", name="Show where it fires").click()
     page.locator(".strip").wait_for(timeout=PATIENCE)
     page.locator("#alike li").first.wait_for(timeout=PATIENCE)
@@ -101,19 +108,18 @@ def shots(
     neuron: str, label: str, value: float
 ) -> list[tuple[str, str, tuple[int, int], bool, bool, Callable[[Any], None]]]:
     """name, address, size, dark, whole page, what to do first."""
-    clamp = f"/playground?clamp={neuron}={value:g}&prompt=The+word+is"
+    clamp = f"/playground?clamp={neuron}={value:g}&prompt=Yesterday+I+saw"
     return [
         ("table", "/?specialised=yes&hub=no&sort=-specialisation", DESK, False, False, at_rest),
         ("table-dark", "/?q=" + label, DESK, True, False, at_rest),
         ("table-phone", "/?specialised=yes&hub=no&sort=-specialisation", PHONE, False, False, at_rest),
         ("map", "/map?column=specialisation", DESK, False, True, point_at_map),
-        ("map-effect-dark", "/map?column=effect&order=value", DESK, True, True, point_at_map),
+        ("map-verdict-dark", "/map?column=verdict", DESK, True, True, point_at_map),
         ("map-phone", "/map?column=specialised", PHONE, True, False, tap_map),
         ("neuron", f"/neuron/{neuron}", DESK, False, True, fire),
         ("neuron-phone", f"/neuron/{neuron}", PHONE, True, False, at_rest),
         ("playground", clamp, DESK, False, False, race),
-        ("sql", "/sql?sql=SELECT+layer,+avg(specialised::INT)+AS+specialised%0AFROM+neurons+GROUP+BY+layer"
-         "+ORDER+BY+layer", DESK, False, False, at_rest),
+        ("sql", "/sql?sql=" + quote(SQL), DESK, False, False, at_rest),
     ]  # fmt: skip
 
 

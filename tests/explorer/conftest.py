@@ -68,6 +68,7 @@ def evil_columns(site: Any) -> dict[str, Any]:
     """The factory's columns, with markup where a vocabulary could hold it."""
     columns = atlas_factory.decode_columns(site)
     if site.number == 0:
+        columns["label_sign"][0] = 1
         columns["label"][1] = EVIL
         columns["up_tokens"][1][0], columns["down_tokens"][1][0] = EVIL, IMAGE
     return columns

@@ -116,6 +116,15 @@ def test_a_suppressor_is_called_one() -> None:
     assert words.verdict(row | {"verdict": "promotes", "effect": 1.2}).head == "Promotes “dog”"
     assert words.verdict(row | {"verdict": "no effect"}).kind == "no effect"
     assert words.verdict({"label": "dog"}).kind == "unmeasured"
+    away = words.verdict(row | {"label_from": "down", "label_sign": -1})
+    assert away.body.startswith("Its down column points away from “dog”, and turned up it makes “dog” less likely.")
+
+
+def test_what_is_within_chance_is_not_said() -> None:
+    row = {"label": "flight", "label_from": "gate", "specialisation": 2.0, "cos_up": -0.1, "cos_gate": 0.4,
+           "cos_down": 0.35}  # fmt: skip
+    assert words.signs(row) == "Beyond chance, it opens on “flight” and writes towards it."
+    assert words.signs(row | {"cos_gate": None, "cos_down": None}) == ""
 
 
 @pytest.mark.parametrize(("up", "down", "ends"), [
@@ -123,7 +132,7 @@ def test_a_suppressor_is_called_one() -> None:
     (-0.4, 0.3, "takes the word away"), (0.4, -0.3, "takes the word away"),
 ])  # fmt: skip
 def test_signs_follow_the_product(up: float, down: float, ends: str) -> None:
-    assert ends in words.signs({"cos_up": up, "cos_down": down, "label": "dog"})
+    assert ends in words.signs({"cos_up": up, "cos_down": down, "label": "dog", "specialisation": 2.0})
 
 
 def test_an_axis_holds_zero_and_all_its_whiskers() -> None:

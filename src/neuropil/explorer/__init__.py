@@ -5,6 +5,7 @@
 serves it on this machine alone. Nothing on the pages comes from anywhere else, so it works offline.
 """
 
+import threading
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -61,8 +62,9 @@ def serve(
         ) from error
     local = host in {"127.0.0.1", "localhost", "::1"}
     app = create_app(atlas_path, model, hosts=None if local else [host] if host != "0.0.0.0" else ["*"])
+    # The first search loads the sentence model: begun now, it is done when someone searches.
+    threading.Thread(target=app.state.facts.warm, daemon=True, name="neuropil-explorer-warm").start()
     if open_browser:
-        import threading
         import webbrowser
 
         shown = "127.0.0.1" if host in {"0.0.0.0", "::"} else host

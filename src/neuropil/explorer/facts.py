@@ -1,5 +1,6 @@
 """What the pages ask of the atlas: the table's rows, the map's values, a neuron's neighbours."""
 
+import contextlib
 import json
 import struct
 import time
@@ -123,6 +124,12 @@ class Facts:
             self._found[words] = list(dict.fromkeys(table.column("neuron").to_pylist()))
         return self._found[words]
 
+    def warm(self) -> None:
+        """Do what the first search and the first table would otherwise wait for."""
+        with contextlib.suppress(NeuropilError):
+            self.found("warm")
+            self.page(View())
+
     def count(self, view: View) -> int | None:
         """How many neurons pass the view's filters; None for a visitor's SQL, which is not run twice."""
         if view.sql:
@@ -173,6 +180,11 @@ class Facts:
             f"{share('confirmed')} AS confirmed FROM neurons GROUP BY layer ORDER BY layer"
         )
         return [LayerShare(**row) for row in rows]
+
+    @property
+    def most(self) -> float:
+        """The largest share of a layer, specialised or confirmed: what the bars are scaled by."""
+        return max((max(s.specialised, s.confirmed) / s.neurons for s in self.layers), default=0.0) or 1.0
 
     @cached_property
     def colourable(self) -> dict[str, str]:

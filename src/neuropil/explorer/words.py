@@ -76,62 +76,82 @@ def _close(a: float, b: float) -> str:
     return f"{number(a)} ± {number(b)}"
 
 
+WEIGHTS = {"up": "up row", "gate": "gate row", "down": "down column"}
+
+
 def verdict(row: Mapping[str, Any]) -> Verdict:
     """The causal check in a sentence or two, with the trap named where the neuron is one.
 
     >>> verdict({"label": "dog", "verdict": None}).kind
     'unmeasured'
+    >>> verdict({"label": "dog", "verdict": "suppresses", "label_from": "gate"}).body
+    'Its gate row points at “dog”, yet turned up it makes “dog” less likely: it suppresses what its weights point at.'
     """
     name, said = named(row), row.get("verdict")
     if said is None:
         return Verdict(
             "unmeasured",
             "Not checked causally",
-            "No clamp has been measured for this neuron, so "
-            "its label says only what its weights point at, not what it does.",
+            "No clamp has been measured for this neuron, so its label says only what its weights point at, "
+            "not what it does.",
         )
+    away = (row.get("label_sign") or 1) < 0
+    points = (
+        f"Its {WEIGHTS.get(row.get('label_from') or 'up', 'weights')} points {'away from' if away else 'at'} {name}"
+    )
+    less, more = f"turned up it makes {name} less likely", f"turned up it makes {name} more likely"
+    head, body = {
+        ("promotes", False): (f"Promotes {name}", f"{points}, and {more}."),
+        ("promotes", True): (f"Promotes {name}", f"{points}, yet {more}."),
+        ("suppresses", False): (
+            f"Suppresses {name}",
+            f"{points}, yet {less}: it suppresses what its weights point at.",
+        ),
+        ("suppresses", True): (f"Suppresses {name}", f"{points}, and {less}."),
+    }.get(
+        (str(said), away),
+        (f"No effect on {name}", f"{points}, but clamping it moves {name} no more than chance would."),
+    )
+    kind = str(said) if said in {"promotes", "suppresses"} else "no effect"
+    return Verdict(kind, head, f"{body} {_measured(row, name)}".strip())
+
+
+def _measured(row: Mapping[str, Any], name: str) -> str:
     effect, error = row.get("effect"), row.get("effect_se")
     control, spread = row.get("control"), row.get("control_se")
-    measured = ""
-    if effect is not None and error is not None:
-        measured = f"Held up rather than down, it moves the logit of {name} by {_close(effect, error)}"
-        if control is not None and spread is not None:
-            measured += f", and those of matched random tokens by {_close(control, spread)}"
-        measured += "."
-    if said == "promotes":
-        return Verdict(said, f"Promotes {name}", f"Turned up, it makes {name} more likely. {measured}")
-    if said == "suppresses":
-        return Verdict(
-            said,
-            f"Suppresses {name}",
-            f"Its weights point at {name}, yet turned up it makes {name} less likely: it suppresses what its "
-            f"weights point at. {measured}",
-        )
-    return Verdict(
-        "no effect",
-        f"No effect on {name}",
-        f"Its weights point at {name}, but clamping it moves {name} no more than chance. {measured}",
-    )
+    if effect is None or error is None:
+        return ""
+    said = f"To either side, the clamp moves the logit of {name} by {_close(effect, error)}"
+    if control is not None and spread is not None:
+        said += f", those of matched random tokens by {_close(control, spread)}"
+    return said + "."
 
 
 def signs(row: Mapping[str, Any]) -> str:
-    """What the three cosines' signs say of the neuron's way of working, by the product rule.
+    """What the three cosines say of the neuron's way of working, as far as they are beyond chance.
 
-    >>> signs({"cos_up": -.46, "cos_gate": .27, "cos_down": .33, "label": "dog"})
-    'Reads against “dog” and writes towards it: where the word is present, its output turns negative and so takes the word away, wherever its gate is open.'
+    >>> pet = {"label": "dog", "label_from": "up", "specialisation": 2.3}
+    >>> signs(pet | {"cos_up": -.46, "cos_gate": .27, "cos_down": .33})
+    'Beyond chance, it reads against “dog”, opens on it and writes towards it. So where the word is present and the gate is open, its output turns negative and takes the word away.'
+    >>> signs(pet | {"cos_up": -.46, "cos_gate": .02, "cos_down": .03})
+    'Beyond chance, it reads against “dog”.'
     """  # noqa: E501
-    up, down = row.get("cos_up"), row.get("cos_down")
-    if up is None or down is None:
+    chance = null99(row)
+    cos = {r: v for r in ROLES if (v := row.get(f"cos_{r}")) is not None and abs(v) > (chance or 0.0)}
+    if not cos or chance is None:
         return ""
+    verbs = {"up": ("reads towards", "reads against"), "gate": ("opens on", "closes on"),
+             "down": ("writes towards", "writes against")}  # fmt: skip
+    parts = [verbs[r][v < 0] for r, v in cos.items()]
     name = named(row)
-    read = "towards" if up >= 0 else "against"
-    write = "towards" if down >= 0 else "against"
-    if up * down >= 0:
-        end = "where the word is present, its output adds more of it"
-    else:
-        sign = "turns negative and so" if up < 0 else "is positive and so"
-        end = f"where the word is present, its output {sign} takes the word away"
-    return f"Reads {read} {name} and writes {write} it: {end}, wherever its gate is open."
+    listed = [f"{verb} {name if i == 0 else 'it'}" for i, verb in enumerate(parts)]
+    said = f"Beyond chance, it {' and '.join([', '.join(listed[:-1]), listed[-1]] if listed[1:] else listed)}."
+    if "up" not in cos or "down" not in cos:
+        return said
+    end = "adds more of it"
+    if cos["up"] * cos["down"] < 0:
+        end = "turns negative and takes the word away" if cos["up"] < 0 else "is positive and takes the word away"
+    return f"{said} So where the word is present and the gate is open, its output {end}."
 
 
 @dataclass(frozen=True)

@@ -193,7 +193,7 @@
       g.fillStyle = palette.soft;
       const mid = band.y + band.height / 2, all = kind === "category" ? s.mean + s.second : s.mean;
       if (w > 60 && mid - last >= 12) {
-        g.fillText(share ? (100 * all).toFixed(all < 0.1 ? 1 : 0) + " %" : reader.format(all).replace("-", "−"), x0 + room + 5, mid);
+        g.fillText(share ? (100 * all).toFixed(all < 0.1 ? 1 : 0) + " %" : Math.abs(all) < most / 500 ? "≈ 0" : reader.format(all).replace("-", "−"), x0 + room + 5, mid);
         last = mid;
       }
     }
