@@ -9,6 +9,7 @@ PNG files. Nothing is drawn by hand and nothing comes from the network. The page
 from __future__ import annotations
 
 import argparse
+import io
 import shutil
 import socket
 import sys
@@ -123,6 +124,14 @@ def shots(
     ]  # fmt: skip
 
 
+def save(picture: bytes, path: Path) -> None:
+    """Write a PNG of 256 colours, which such pages do not miss: a third of the size."""
+    from PIL import Image
+
+    small = Image.open(io.BytesIO(picture)).convert("RGB").quantize(256, dither=Image.Dither.NONE)
+    small.save(path, optimize=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0] if __doc__ else "")
     parser.add_argument("atlas", type=Path)
@@ -156,7 +165,7 @@ def main() -> None:
             page.set_default_timeout(PATIENCE)
             page.goto(url + path)
             act(page)
-            page.screenshot(path=given.out / f"explorer-{name}.png", full_page=whole)
+            save(page.screenshot(full_page=whole), given.out / f"explorer-{name}.png")
             context.close()
             print(given.out / f"explorer-{name}.png", file=sys.stderr)
         browser.close()

@@ -273,7 +273,8 @@ def _neuron(app: FastAPI, facts: Facts, live: Live, page: Any) -> None:
 
     @app.get("/neuron/{address}/alike")
     def alike(request: Request, address: str, by: str = "tokens", wide: bool = False) -> Response:
-        address = str(facts.neuron(address)["neuron"])
+        row = facts.neuron(address)
+        address = str(row["neuron"])
         model = live.light() if by in words.ROLES else None
         note = ""
         if model is not None:
@@ -284,7 +285,17 @@ def _neuron(app: FastAPI, facts: Facts, live: Live, page: Any) -> None:
                 by = "tokens"
             pairs = facts.alike_by_tokens(address)
         known = facts.brief([a for a, _ in pairs])
-        return page(request, "_alike.html", pairs=pairs, known=known, by=by, wide=wide, note=note, address=address)
+        return page(
+            request,
+            "_alike.html",
+            pairs=pairs,
+            known=known,
+            role=row.get("label_from") or "up",
+            by=by,
+            wide=wide,
+            note=note,
+            address=address,
+        )
 
     @app.post("/neuron/{address}/fires")
     def fires(request: Request, address: str, text: Annotated[str, Form()] = "") -> Response:

@@ -266,11 +266,15 @@ class Facts:
         return {row["neuron"]: row for row in rows}
 
     def alike_by_tokens(self, address: str, limit: int = 12) -> list[tuple[str, float]]:
-        """Neurons whose top tokens overlap most with this one's: Jaccard index of the two sets."""
-        lists = [c for c in ("up_token_ids", "up_neg_token_ids") if c in self.columns]
+        """Neurons whose top tokens overlap most with this one's: Jaccard index of the two sets.
+
+        Compared are the lists, both sides, of the weight that this neuron has its label from.
+        """
+        own = self.neuron(address)
+        role = own.get("label_from") or "up"
+        lists = [c for c in (f"{role}_token_ids", f"{role}_neg_token_ids") if c in self.columns]
         if not lists:
             return []
-        own = self.neuron(address)
         mine = sorted({int(t) for c in lists for t in own[c] or []})
         if not mine:
             return []
