@@ -25,7 +25,10 @@ _OPERANDS = {
 
 @contextmanager
 def tapped(model: nn.Module, taps: Iterable[tuple[Tap, int, Act]]) -> Iterator[None]:
-    """Pass the tensor at each tap (of so many neurons, 0 for all of it) through a function; what it returns, if not None, replaces it."""
+    """Pass the tensor at each tap through a function; what it returns, if not None, replaces the tensor.
+
+    The number is that of the site's neurons, 0 for the whole tensor.
+    """
     products: list[tuple[Tap, int, Act]] = []
     with ExitStack() as stack:
         for tap, width, act in taps:
@@ -85,7 +88,7 @@ def _visible_products(module: nn.Module) -> Iterator[None]:
     The batched implementation of transformers copies the experts' weights token by token, and generation may
     choose it after we were asked; so the choice is made at each call and undone after it.
     """
-    config = getattr(module, "config", None)
+    config: Any = getattr(module, "config", None)
     if getattr(config, "_experts_implementation", None) is None:
         yield
         return

@@ -8,6 +8,8 @@ a reshape of fused projections needs no rule of its own: the same views are appl
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -26,12 +28,23 @@ _MOVES = {
 }  # fmt: skip
 _SAME = {"clone", "_to_copy", "contiguous", "detach", "alias", "lift_fresh", "native_dropout", "copy_", "_conj"}
 _LINEAR = {"add", "sub", "rsub", "neg", "mul", "div", "add_", "sub_", "mul_", "div_", "neg_", "where", "masked_fill"}
+# Pointwise, though not tagged so.
+_POINTWISE = {
+    "softplus",
+    "hardswish",
+    "hardsigmoid",
+    "prelu",
+    "_prelu_kernel",
+    "rrelu_with_noise",
+    "log_sigmoid_forward",
+}
 _NORMS = {"native_layer_norm", "native_group_norm", "native_batch_norm", "_native_batch_norm_legit_no_training",
           "_native_batch_norm_legit", "_fused_rms_norm", "_native_batch_norm_legit_functional", "batch_norm",
           "_batch_norm_no_update", "cudnn_batch_norm", "_batch_norm_with_update", "rms_norm"}  # fmt: skip
 _REDUCE = {"mean", "sum", "amax", "amin", "var", "var_mean", "std", "linalg_vector_norm", "norm"}
 _POOLS = {"max_pool2d_with_indices", "avg_pool2d", "_adaptive_avg_pool2d", "adaptive_max_pool2d", "max_pool2d",
-          "upsample_nearest2d", "upsample_bilinear2d", "avg_pool1d", "adaptive_avg_pool1d", "mkldnn_max_pool2d"}  # fmt: skip
+          "upsample_nearest2d", "upsample_bilinear2d", "avg_pool1d", "adaptive_avg_pool1d",
+          "mkldnn_max_pool2d"}  # fmt: skip
 _MATMUL = {"mm": (0, 1), "addmm": (1, 2), "bmm": (0, 1), "baddbmm": (1, 2), "_grouped_mm": (0, 1), "mv": (1, 0),
            "grouped_mm_fallback": (0, 1), "_addmm_activation": (1, 2), "_int_mm": (0, 1), "linear": (0, 1)}  # fmt: skip
 _CONVS = {"convolution", "_convolution", "mkldnn_convolution", "convolution_overrideable"}
@@ -45,6 +58,7 @@ class Stream:
     index: Tensor  # same shape as the activation: which output of the map each entry is
     nonlinear: bool = False
     gate: bool = False
+    bends: int = 0  # nonlinear operations passed, clipping aside
 
 
 @dataclass
@@ -55,6 +69,7 @@ class Value:
     foreign: bool = False  # also depends on something that is no linear map's output (the residual, attention)
     scale: bool = False  # one number for many neurons (the root mean square of a norm)
     node: int = -1
+    parameter: str = ""  # the one parameter it was made of, if it has no streams
 
 
 @dataclass
@@ -82,6 +97,13 @@ class WeightOp:
     groups: int = 1
     to_nonlinear: bool = False
     activation: list[str] = field(default_factory=list)
+    late_bias: bool = False  # its bias is added by a step of its own
+    weight_node: int = -1  # of a weight that was computed from its parameter (standardised, cast)
+
+    @property
+    def biases(self) -> tuple[str, str]:
+        """What a bias of this map may be called."""
+        return self.weight.name.removesuffix("weight") + "bias", self.weight.name + "_bias"
 
 
 @dataclass
@@ -91,7 +113,7 @@ class Step:
     func: Any
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
-    moves: bool = False
+    rank: int = -1  # of a normalised tensor: a batch norm of [tokens, neurons] has the neurons second
 
 
 @dataclass(frozen=True)
@@ -99,7 +121,6 @@ class Ref:
     """In a step's arguments: the output of another node, a constant, or a parameter."""
 
     node: int
-    item: int | None = None
 
 
 @dataclass(frozen=True)
@@ -126,6 +147,7 @@ class Trace(TorchDispatchMode):
         self.outputs: dict[str, tuple[Value, int, int]] = {}
         self.nodes = 0
         self.op_nodes: list[int] = []
+        self.scaled: set[int] = set()
         self.by_node: dict[int, Value] = {}
 
     # -- values
@@ -158,9 +180,9 @@ class Trace(TorchDispatchMode):
         return out
 
     def follow(self, func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
-        tensors = [a for a in _flat((args, kwargs)) if isinstance(a, Tensor)]
+        tensors = [a for a in flat((args, kwargs)) if isinstance(a, Tensor)]
         values = [self.value(t) for t in tensors]
-        outs = [o for o in _flat(out) if isinstance(o, Tensor)]
+        outs = [o for o in flat(out) if isinstance(o, Tensor)]
         if not outs:
             return
         if (name in _MATMUL or name in _CONVS) and self.weight_op(name, args, outs[0]):
@@ -169,10 +191,20 @@ class Trace(TorchDispatchMode):
         foreign = any(v.foreign for v in values)
         if not live:
             scale = name not in _MATMUL and any(v.scale for v in values)
+            origin = self.origin(args[0]) if args and isinstance(args[0], Tensor) else ""
+            if name in ("index", "index_select") and origin:
+                foreign = False  # each token's own expert's bias
             for o in outs:
-                self.mark(o, Value(foreign=foreign, scale=scale))
-                if not foreign:  # made of parameters and constants: a formula may need it
-                    self.keep(func, args, kwargs, o)
+                self.mark(o, Value(foreign=foreign, scale=scale, parameter=origin))
+                if foreign:
+                    continue
+                # Made of parameters and constants: a formula may need it.
+                if name == "expand" and self.values.get(id(args[0])):
+                    self.steps[self.values[id(o)].node] = self.value(args[0]).node
+                else:
+                    self.keep(func, args[:1] if name == "alias" else args, kwargs, o)
+            return
+        if name == "cat" and self.join(args, outs[0]):
             return
         if name in _MOVES:
             self.move(func, args, kwargs, out, self.value(args[0]))
@@ -183,23 +215,36 @@ class Trace(TorchDispatchMode):
         elif name in _NORMS and self.value(args[0]).streams:
             source = self.value(args[0])
             self.mark(outs[0], Value(_copy(source.streams), source.foreign))
-            self.keep(func, args, kwargs, outs[0], item=0)
+            self.keep(func, args, kwargs, outs[0], norm=True)
         elif name in _REDUCE and len(tensors) == 1:
             self.reduce(func, name, args, kwargs, outs)
         elif name in _POOLS:
             self.pool(func, args, kwargs, outs[0])
-        elif torch.Tag.pointwise in func.tags or name in _LINEAR or name in ("softplus", "glu"):
-            if name == "glu":
-                return self.opaque(outs)
+        elif torch.Tag.pointwise in func.tags or name in _LINEAR or name.rstrip("_") in _POINTWISE:
             self.pointwise(func, name, args, kwargs, tensors, values, outs[0])
         else:
             self.opaque(outs)
+
+    def origin(self, tensor: Tensor) -> str:
+        return self.parameter(tensor) or self.value(tensor).parameter
+
+    def join(self, args: tuple[Any, ...], out: Tensor) -> bool:
+        """Tokens of several experts put one after another are still one layer's outputs."""
+        values = [self.value(t) for t in args[0]]
+        streams = [v.streams[0] for v in values if len(v.streams) == 1 and not v.foreign]
+        if len(streams) != len(values) or len({self.ops[s.op].weight.name for s in streams}) != 1:
+            return False
+        if any(s.nonlinear for s in streams) or (len(args) > 1 and args[1] in (-1, out.dim() - 1)):
+            return False
+        index = torch.cat([s.index for s in streams], *args[1:])
+        self.mark(out, Value([Stream(streams[0].op, index)]))
+        return True
 
     def opaque(self, outs: list[Tensor]) -> None:
         for o in outs:
             self.mark(o, Value(foreign=True))
 
-    def keep(self, func: Any, args: Any, kwargs: Any, out: Tensor, item: int | None = None) -> None:
+    def keep(self, func: Any, args: Any, kwargs: Any, out: Tensor, norm: bool = False) -> None:
         """Remember an operation for replay."""
 
         def ref(a: Any) -> Any:
@@ -215,7 +260,8 @@ class Trace(TorchDispatchMode):
                 return type(a)(ref(b) for b in a)
             return a
 
-        step = Step(func, ref(tuple(args)), {k: ref(v) for k, v in kwargs.items()}, item is not None)
+        rank = args[0].dim() if norm else -1
+        step = Step(func, ref(tuple(args)), {k: ref(v) for k, v in kwargs.items()}, rank)
         self.steps[self.values[id(out)].node] = step
 
     def move(self, func: Any, args: Any, kwargs: Any, out: Any, source: Value) -> None:
@@ -224,18 +270,24 @@ class Trace(TorchDispatchMode):
                 result = func(stream.index, *args[1:], **kwargs)
             except RuntimeError:  # a view that the expanded index does not allow
                 result = func(stream.index.contiguous(), *args[1:], **kwargs)
-            return [o for o in _flat(result) if isinstance(o, Tensor)]
+            return [o for o in flat(result) if isinstance(o, Tensor)]
 
-        outs = [o for o in _flat(out) if isinstance(o, Tensor)]
+        outs = [o for o in flat(out) if isinstance(o, Tensor)]
         indices = [moved(s) for s in source.streams]
         for k, o in enumerate(outs):
-            streams = [Stream(s.op, i[k], s.nonlinear, s.gate) for s, i in zip(source.streams, indices, strict=True)]
+            streams = [
+                Stream(s.op, i[k], s.nonlinear, s.gate, s.bends) for s, i in zip(source.streams, indices, strict=True)
+            ]
             self.mark(o, Value(streams, source.foreign, source.scale))
             self.steps[self.values[id(o)].node] = source.node
 
     def reduce(self, func: Any, name: str, args: Any, kwargs: Any, outs: list[Tensor]) -> None:
         source = self.value(args[0])
-        dims = args[2] if name in ("linalg_vector_norm", "norm") and len(args) > 2 else (args[1] if len(args) > 1 else None)
+        dims = (
+            args[2]
+            if name in ("linalg_vector_norm", "norm") and len(args) > 2
+            else (args[1] if len(args) > 1 else None)
+        )
         if name in ("linalg_vector_norm", "norm") and len(args) <= 2:
             dims = kwargs.get("dim")
         keep = outs[0].dim() == args[0].dim()
@@ -247,10 +299,13 @@ class Trace(TorchDispatchMode):
                 break
             index = s.index.amin(dim=tuple(dims), keepdim=keep)
             assert streams is not None
-            streams.append(Stream(s.op, index, s.nonlinear or name != "mean", s.gate))
+            streams.append(Stream(s.op, index, s.nonlinear or name != "mean", s.gate, s.bends))
         for o in outs:
             # A sum over neurons is one number for all of them; a mean over places is still each neuron's own.
-            self.mark(o, Value(foreign=source.foreign, scale=True) if streams is None else Value(_copy(streams), source.foreign))
+            self.mark(
+                o,
+                Value(foreign=source.foreign, scale=True) if streams is None else Value(_copy(streams), source.foreign),
+            )
             self.keep(func, args, kwargs, o)
 
     def pool(self, func: Any, args: Any, kwargs: Any, out: Tensor) -> None:
@@ -261,11 +316,13 @@ class Trace(TorchDispatchMode):
             if s.index.dim() != out.dim() or s.index.shape[1] != out.shape[1]:
                 return self.opaque([out])
             corner = s.index[(slice(None), slice(None)) + (slice(0, 1),) * rest]
-            streams.append(Stream(s.op, corner.expand(out.shape), s.nonlinear, s.gate))
+            streams.append(Stream(s.op, corner.expand(out.shape), s.nonlinear, s.gate, s.bends))
         self.mark(out, Value(streams, source.foreign))
-        self.keep(func, args, kwargs, out, item=0)
+        self.keep(func, args, kwargs, out)
 
-    def pointwise(self, func: Any, name: str, args: Any, kwargs: Any, tensors: list[Tensor], values: list[Value], out: Tensor) -> None:
+    def pointwise(
+        self, func: Any, name: str, args: Any, kwargs: Any, tensors: list[Tensor], values: list[Value], out: Tensor
+    ) -> None:
         linear = name in _LINEAR
         merged: list[Stream] = []
         groups: list[list[Stream]] = []
@@ -275,11 +332,27 @@ class Trace(TorchDispatchMode):
             foreign |= v.foreign and not (one_for_all and name.startswith(("mul", "div")))
             if v.streams and not v.scale:
                 groups.append([Stream(s.op, s.index.expand(out.shape) if s.index.dim() <= out.dim() else s.index,
-                                      s.nonlinear, s.gate) for s in v.streams])  # fmt: skip
+                                      s.nonlinear, s.gate, s.bends) for s in v.streams])  # fmt: skip
+        by_route = [v for v, t in zip(values, tensors, strict=True) if v.foreign and not v.streams]
+        if len(groups) == 1 and not foreign and by_route:
+            # Every neuron of a token times the same routing weight: a formula cannot know it, and says so.
+            source = next(v for v in values if v.streams)
+            self.mark(out, Value(groups[0]))
+            self.steps[self.values[id(out)].node] = source.node
+            self.scaled.add(self.values[id(out)].node)
+            return
+        if name in ("add", "add_") and len(groups) == 1 and len(groups[0]) == 1 and not foreign:
+            op = self.ops[groups[0][0].op]
+            if any(not v.streams and self.origin(t) in op.biases for t, v in zip(tensors, values, strict=True)):
+                op.late_bias = True
+                source = next(v for v in values if v.streams)
+                self.mark(out, Value(groups[0]))
+                self.steps[self.values[id(out)].node] = source.node
+                return
         product = name in ("mul", "mul_") and len(groups) == 2 and not _same(groups[0], groups[1])
         if product:
             a, b = groups
-            gate = a if any(s.nonlinear for s in a) or not any(s.nonlinear for s in b) else b
+            gate = a if max(s.bends for s in a) >= max(s.bends for s in b) else b
             # A bilinear product alone is no nonlinearity of a neuron; a gate that went through one is.
             for s in gate:
                 s.gate = True
@@ -291,6 +364,7 @@ class Trace(TorchDispatchMode):
             for s in [s for g in groups for s in g]:
                 self.ops[s.op].to_nonlinear |= s in straight and len(straight) <= 2
                 s.nonlinear = True
+                s.bends += not name.startswith("clamp")
                 self.ops[s.op].activation.append(name.rstrip("_"))
         for s in [s for g in groups for s in g]:
             twin = next((m for m in merged if m.op == s.op and torch.equal(m.index, s.index)), None)
@@ -312,10 +386,13 @@ class Trace(TorchDispatchMode):
         x_at, w_at = (0, 1) if conv else _MATMUL[name]
         x, w = args[x_at], args[w_at]
         first = False
-        if self.parameter(w) is None:
+        if not self.origin(w):
             x, w, first = w, x, True
-        param = self.parameter(w)
-        if conv and first or param is None or self.parameter(x) is not None:
+        param = self.origin(w)
+        if (conv and first) or not param or self.parameter(x) is not None:
+            return False
+        view = self.view(param, w)
+        if view is None:
             return False
         module = self.stack[-1] if self.stack else ""
         if param in self.adapters:
@@ -324,12 +401,15 @@ class Trace(TorchDispatchMode):
         groups = args[8] if conv and name == "convolution" else 1
         transposed = bool(args[6]) if conv and name == "convolution" else False
         axis = 1 if conv else (-2 if first else -1)
-        if conv and (transposed or (w.dim() != 4 and groups > 1)):
+        if conv and (transposed or (w.dim() != 4 and groups == w.shape[0])):
             self.mark(out, Value(foreign=True))
             return True
         settings = tuple(args[3:]) if conv else ()
-        view = View(param, tuple(w.shape), tuple(w.stride()), w.storage_offset())
-        op = WeightOp("conv" if conv else "linear", view, first, self.value(x), module, out.shape[axis], x.dim(), settings, groups)
+        op = WeightOp(
+            "conv" if conv else "linear", view, first, self.value(x), module, out.shape[axis], x.dim(), settings, groups
+        )
+        if self.parameter(w) is None:
+            op.weight_node = self.value(w).node
         self.ops.append(op)
         shape = [1] * out.dim()
         shape[axis] = -1
@@ -337,6 +417,17 @@ class Trace(TorchDispatchMode):
         self.mark(out, Value([Stream(len(self.ops) - 1, index)]))
         self.op_nodes.append(self.values[id(out)].node)
         return True
+
+    def view(self, param: str, w: Tensor) -> View | None:
+        """The geometry of a weight; one computed from its parameter must have kept its shape or be its transpose."""
+        if self.parameter(w) is not None:
+            return View(param, tuple(w.shape), tuple(w.stride()), int(w.storage_offset()))
+        p = self.parameters[param]
+        if w.shape == p.shape:
+            return View(param, tuple(p.shape), tuple(p.stride()), 0)
+        if p.dim() == 2 and w.shape == p.t().shape:
+            return View(param, tuple(p.t().shape), tuple(p.t().stride()), 0)
+        return None
 
     # -- modules
 
@@ -349,21 +440,21 @@ class Trace(TorchDispatchMode):
 
     def leave(self, name: str, out: Any) -> None:
         self.stack.pop()
-        tensor = next((a for a in _flat(out) if isinstance(a, Tensor)), None)
+        tensor = next((a for a in flat(out) if isinstance(a, Tensor)), None)
         if tensor is not None:
             self.outputs[name] = (self.value(tensor), tensor.dim(), len(self.ops))
 
 
-def _flat(tree: Any) -> list[Any]:
+def flat(tree: Any) -> list[Any]:
     if isinstance(tree, list | tuple):
-        return [leaf for branch in tree for leaf in _flat(branch)]
+        return [leaf for branch in tree for leaf in flat(branch)]
     if isinstance(tree, dict):
-        return _flat(list(tree.values()))
+        return flat(list(tree.values()))
     return [tree]
 
 
 def _copy(streams: list[Stream]) -> list[Stream]:
-    return [Stream(s.op, s.index, s.nonlinear, s.gate) for s in streams]
+    return [Stream(s.op, s.index, s.nonlinear, s.gate, s.bends) for s in streams]
 
 
 def _constant(index: Tensor, dim: int) -> bool:
@@ -389,9 +480,27 @@ def stand_ins(module: nn.Module, device: str) -> dict[str, Tensor]:
 
     tensors = {n: empty(p.detach()) for n, p in module.named_parameters()}
     for n, b in module.named_buffers():
-        tensors[n] = b.detach().float() if device == "cpu" and b.device.type == "cpu" and b.is_floating_point() else (
-            b if device == "cpu" and b.device.type == "cpu" else empty(b))
+        tensors[n] = (
+            b.detach().float()
+            if device == "cpu" and b.device.type == "cpu" and b.is_floating_point()
+            else (b if device == "cpu" and b.device.type == "cpu" else empty(b))
+        )
     return tensors
+
+
+@contextmanager
+def _experts_apart(module: nn.Module) -> Iterator[None]:
+    """Keep fused experts on an implementation that does not copy their weights token by token."""
+    configs: dict[int, Any] = {id(m.config): m.config for m in module.modules() if hasattr(m, "config")}
+    chosen = {k: getattr(c, "_experts_implementation", None) for k, c in configs.items()}
+    changed = {k: v for k, v in chosen.items() if v not in (None, "eager", "grouped_mm")}
+    try:
+        for k in changed:
+            configs[k]._experts_implementation = "grouped_mm"
+        yield
+    finally:
+        for k, v in changed.items():
+            configs[k]._experts_implementation = v
 
 
 def trace(module: nn.Module, inputs: dict[str, Any] | tuple[Any, ...], device: str, adapters: set[str]) -> Trace:
@@ -408,106 +517,9 @@ def trace(module: nn.Module, inputs: dict[str, Any] | tuple[Any, ...], device: s
         if isinstance(t, Tensor):
             seen.mark(t, Value(foreign=True))
     try:
-        with torch.no_grad(), seen:
+        with torch.no_grad(), _experts_apart(module), seen:
             torch.func.functional_call(module, tensors, positional, named)
     finally:
         for handle in handles:
             handle.remove()
     return seen
-
-
-@dataclass(frozen=True)
-class Formula:
-    """The nonlinearity between a site's projections and its activation, as the model's own operations.
-
-    Views are left out, so that it applies to projections of any leading shape; slices of a fused projection are
-    replaced by the role they pick.
-    """
-
-    steps: dict[int, Step | int]
-    root: int
-    leaves: dict[int, str]  # node -> role
-    slices: dict[str, tuple[int, int, int, int]]  # role -> (outputs of the map, start, step, width)
-    convolutions: dict[str, tuple[Any, ...]]  # role -> settings of its convolution
-    prefix: str = ""
-
-    @classmethod
-    def of(cls, seen: Trace, root: int, roles: dict[str, tuple[int, int, int, int]]) -> Formula:
-        """Cut the steps that lead from the projections of `roles` to `root` out of a trace."""
-        leaves: dict[int, str] = {}
-        steps: dict[int, Step | int] = {}
-        wanted = [root]
-        while wanted:
-            node = wanted.pop()
-            if node in steps or node in leaves:
-                continue
-            role = cls._role(seen, node, roles)
-            if role is not None:
-                leaves[node] = role
-            if node in seen.steps:
-                step = seen.steps[node]
-                steps[node] = step
-                wanted += [step] if isinstance(step, int) else [r.node for r in _flat((step.args, step.kwargs)) if isinstance(r, Ref)]
-        slices = {r: (seen.ops[op].out_features, start, by, width) for r, (op, start, by, width) in roles.items()}
-        settings = {r: seen.ops[op].settings for r, (op, *_) in roles.items() if seen.ops[op].kind == "conv"}
-        return cls(steps, root, leaves, slices, settings)
-
-    @staticmethod
-    def _role(seen: Trace, node: int, roles: dict[str, tuple[int, int, int, int]]) -> str | None:
-        """The role whose slice this node is, if it is one stream of exactly that slice."""
-        value = seen.by_node.get(node)
-        if value is None or len(value.streams) != 1:
-            return None
-        stream = value.streams[0]
-        for role, (op, start, _, width) in roles.items():
-            if stream.op == op and int(stream.index.min()) == start and stream.index.unique().numel() == width:
-                return role
-        return None
-
-    def moved(self, name: str) -> Formula:
-        """The same formula for a module that lies at `name` in the model."""
-        return Formula(self.steps, self.root, self.leaves, self.slices, self.convolutions,
-                       f"{name}.{self.prefix}" if self.prefix else f"{name}.")  # fmt: skip
-
-    def __call__(self, projections: dict[str, Tensor], tensor: Any) -> Tensor:
-        """The activation for projections `[..., width]`; `tensor(name)` gives a parameter or buffer."""
-        done: dict[tuple[int, str | None], Any] = {}
-
-        def run(node: int, role: str | None) -> Any:
-            role = self.leaves.get(node, role)
-            if (node, role) not in done:
-                done[node, role] = compute(node, role)
-            return done[node, role]
-
-        def compute(node: int, role: str | None) -> Any:
-            if node not in self.steps:
-                if role is None:
-                    raise KeyError(f"node {node} of the formula is no projection of the site")
-                return projections[role]
-            step = self.steps[node]
-            if isinstance(step, int):
-                return run(step, role)
-
-            def resolve(a: Any) -> Any:
-                if isinstance(a, Ref):
-                    return run(a.node, role)
-                if isinstance(a, Parameter):
-                    return own(tensor(self.prefix + a.name), role)
-                if isinstance(a, list | tuple):
-                    return type(a)(resolve(b) for b in a)
-                return a
-
-            kwargs = {k: resolve(v) for k, v in step.kwargs.items()}
-            if kwargs.get("device") is not None:
-                kwargs["device"] = next(iter(projections.values())).device
-            out = step.func(*resolve(step.args), **kwargs)
-            return out[0] if isinstance(out, list | tuple) else out
-
-        def own(p: Tensor, role: str | None) -> Tensor:
-            if role is None or p.dim() == 0:
-                return p
-            outputs, start, by, width = self.slices[role]
-            fused = outputs != width and p.shape[-1] == outputs
-            return p[..., start : start + by * (width - 1) + 1 : by] if fused else p
-
-        return run(self.root, None)

@@ -93,8 +93,8 @@ class Coverage:
             "|---|---:|---:|---:|",
         ]
         mappings = list(dict.fromkeys(r.mapping for r in self.rows))
-        for m in mappings:
-            lines.append(f"| {m} | {self.count('pass', m)} | {self.count('fail', m)} | {self.count('out of scope', m)} |")
+        verdicts = ("pass", "fail", "out of scope")
+        lines += [f"| {m} | " + " | ".join(str(self.count(v, m)) for v in verdicts) + " |" for m in mappings]
         for verdict, title in (("fail", "Fail"), ("out of scope", "Out of scope")):
             chosen = [r for r in self.rows if r.verdict == verdict]
             if chosen:
@@ -167,8 +167,10 @@ def check(model_type: str, class_name: str, mapping: str) -> Row:
         return row("out of scope", str(missing))
     except NoNeurons:
         return row("fail", "no sites were found")
-    except Exception as bad:  # noqa: BLE001 - the point is to report whatever happens
-        return row("fail", f"{type(bad).__name__}: {str(bad).strip().splitlines()[0][:160] if str(bad).strip() else ''}")
+    except Exception as bad:
+        return row(
+            "fail", f"{type(bad).__name__}: {str(bad).strip().splitlines()[0][:160] if str(bad).strip() else ''}"
+        )
 
 
 def _problem(model: nn.Module, inputs: dict[str, Any], sites: list[Site]) -> str:
@@ -184,20 +186,51 @@ def _problem(model: nn.Module, inputs: dict[str, Any], sites: list[Site]) -> str
         again = activation(site, read[site.name], _lookup(model))
         if again.numel() != h.numel():
             return f"{site.name}: recomputed shape {tuple(again.shape)}, captured {tuple(h.shape)}"
-        error = float((again.reshape(h.shape) - h).abs().max())
+        again = again.reshape(h.shape)
+        if site.formula is not None and site.formula.scaled:
+            again = again * (again * h).sum(-1, keepdim=True) / (again * again).sum(-1, keepdim=True).clamp_min(1e-30)
+        error = float((again - h).abs().max())
         if not error <= 1e-4 * (1 + float(h.abs().max())):
             return f"{site.name}: recomputed activation differs by {error:.2g}"
+    connected = 0
     for site in _sample(fired):
-        with torch.no_grad(), clamp(model, {Neuron(site.number, site.width // 2): 50.0}):
-            changed = _output(model, inputs)
-        if torch.equal(changed, before):
+        if any(_moves(model, inputs, before, n, v) for n, v in _trials(site)):
+            connected += 1
+        elif _reaches(model, inputs, site):
             return f"{site.name}: clamping a neuron leaves the output unchanged"
+        # Else there is no path: a pooler the task does not use, a patcher whose output only cuts the text.
+    if not connected:
+        return "no site has a path to the output"
     if not torch.equal(_output(model, inputs), before):
         return "the output after clamping is not what it was before"
     asleep = [s for s in sites if s.name not in seen and s.kind != "expert"]
     if asleep and not fired:
         return f"{asleep[0].name}: did not fire"
     return ""
+
+
+def _reaches(model: nn.Module, inputs: dict[str, Any], site: Site) -> bool:
+    """Whether there is a path from the site to the output: whether its weights get a gradient."""
+    p = dict(model.named_parameters(remove_duplicate=False))[site.reads["up"].name]
+    frozen = not p.requires_grad
+    try:
+        p.requires_grad_(True)
+        [gradient] = torch.autograd.grad(_output(model, inputs, grad=True).sum(), [p], allow_unused=True)
+    except RuntimeError:  # a forward without gradients: judge by the clamp
+        return True
+    finally:
+        p.requires_grad_(not frozen)
+    return gradient is not None
+
+
+def _trials(site: Site) -> list[tuple[Neuron, float]]:
+    """What to clamp: one neuron, and others in case that one meets a closed gate or a saturated unit."""
+    return [(Neuron(site.number, int(site.width * at)), v) for v in (50.0, -5.0, 1.0) for at in (0.5, 0.0, 0.9)]
+
+
+def _moves(model: nn.Module, inputs: dict[str, Any], before: Tensor, neuron: Neuron, value: float) -> bool:
+    with clamp(model, {neuron: value}):
+        return not torch.equal(_output(model, inputs), before)
 
 
 def _sample(sites: list[Site], most: int = 40) -> list[Site]:
@@ -207,14 +240,17 @@ def _sample(sites: list[Site], most: int = 40) -> list[Site]:
 
 
 def _lookup(model: nn.Module) -> Any:
-    tensors = {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers(remove_duplicate=False))}
+    tensors = {
+        **dict(model.named_parameters(remove_duplicate=False)),
+        **dict(model.named_buffers(remove_duplicate=False)),
+    }
     return tensors.__getitem__
 
 
-def _output(model: nn.Module, inputs: dict[str, Any]) -> Tensor:
-    """Everything the model returns, as one vector."""
+def _output(model: nn.Module, inputs: dict[str, Any], grad: bool = False) -> Tensor:
+    """The model's answer, as one vector."""
     torch.manual_seed(0)
-    with torch.no_grad():
+    with torch.set_grad_enabled(grad):
         out = model(**inputs)
     main = [out[k] for k in ("logits", "prediction_logits", "last_hidden_state") if k in out and out[k] is not None]
     return torch.cat([t.float().flatten() for t in main])
@@ -227,7 +263,11 @@ def _quietly() -> Iterator[None]:
     level = logger.level
     logger.setLevel(logging.CRITICAL)
     try:
-        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        with (
+            warnings.catch_warnings(),
+            contextlib.redirect_stdout(io.StringIO()),
+            contextlib.redirect_stderr(io.StringIO()),
+        ):
             warnings.simplefilter("ignore")
             yield
     finally:

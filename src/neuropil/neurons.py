@@ -33,11 +33,11 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Shaped
 from torch import Tensor, nn
 
+from neuropil._formula import Formula
 from neuropil._taps import tapped
-from neuropil._trace import Formula
 from neuropil.errors import NoNeurons, UnknownNeuron
 
 __all__ = ["Neuron", "Site", "Tap", "Weight", "activation", "capture", "capture_inputs", "clamp", "find_sites"]
@@ -66,7 +66,7 @@ class Weight:
     bias: str | None = None
     block: int = 1
 
-    def rows(self, tensor: Tensor, width: int) -> Float[Tensor, "width fan"]:
+    def rows(self, tensor: Tensor, width: int) -> Shaped[Tensor, "width fan"]:
         """One row a neuron: `[width, fan]`, a view where possible. For filters, `fan = in * kh * kw`.
 
         `tensor` is the whole parameter. `block` is above 1 where a neuron owns that many entries in a run (the
@@ -80,7 +80,7 @@ class Weight:
             return tensor.unflatten(0, (width, self.block)).flatten(1)
         return self._own(tensor, width).flatten(1)
 
-    def offsets(self, bias: Tensor, width: int) -> Float[Tensor, " width"]:
+    def offsets(self, bias: Tensor, width: int) -> Shaped[Tensor, " width"]:
         """The neurons' entries of the bias that belongs to this weight."""
         return self._own(bias if self.expert is None or bias.dim() == 1 else bias[self.expert], width)
 
@@ -95,7 +95,7 @@ class Tap:
     It is the "input" or "output" of `module`, or the "argument" or "result" of the matrix product with `parameter`
     where no module holds that product alone (experts fused in one parameter): then `expert` and `offset` (the
     first entry of the expert's matrix in the parameter) tell which product. `start` and `step` pick the site's
-    neurons where the tensor is a fused one.
+    neurons where the tensor is a fused one. `bias` names the bias that is still to be added where the tensor passes.
     """
 
     module: str
@@ -106,6 +106,7 @@ class Tap:
     expert: int | None = None
     parameter: str = ""
     offset: int = 0
+    bias: str = ""
 
 
 @dataclass(frozen=True)
@@ -215,8 +216,8 @@ def capture(model: nn.Module, sites: Iterable[Site] | None = None) -> Iterator[d
     """See the activations `h` of the last forward pass: site name -> `[..., width]`.
 
     Feature maps keep their shape, `[batch, width, height, width]`. For an expert the rows are the tokens that were
-    routed to it, and an expert that got no token in the last forward pass has no entry. Entered inside a `clamp`,
-    it sees the clamped values.
+    routed to it (in the order of the experts' implementation), and an expert that got no token in the last forward
+    pass has no entry. Entered inside a `clamp`, it sees the clamped values.
 
     >>> net = nn.Sequential(nn.Linear(3, 5), nn.ReLU(), nn.Linear(5, 2))
     >>> with capture(net) as seen:
@@ -239,9 +240,7 @@ def capture(model: nn.Module, sites: Iterable[Site] | None = None) -> Iterator[d
 
 
 @contextmanager
-def clamp(
-    model: nn.Module, values: Mapping[Any, float | Tensor], where: str = "hidden"
-) -> Iterator[nn.Module]:
+def clamp(model: nn.Module, values: Mapping[Any, float | Tensor], where: str = "hidden") -> Iterator[nn.Module]:
     """Hold neurons at constants, at every position of every forward pass (so in generation, with its cache, too).
 
     `values` maps neurons or their addresses to what they are held at: a number, a tensor `[batch]` (one number a row
@@ -274,6 +273,8 @@ def clamp(
             for index, value in held[site.number].items():
                 target = h.select(tap.axis, index)
                 held_at = _spread(value, target, site)
+                if tap.bias:
+                    held_at = held_at - _bias(model, tap)[tap.start + tap.step * index]
                 target.copy_(torch.where(held_at.isnan(), target, held_at))
             return h
 
@@ -284,9 +285,13 @@ def clamp(
         yield model
 
 
-def activation(
-    site: Site, inputs: Mapping[str, Tensor], tensor: Callable[[str], Tensor]
-) -> Tensor:
+def _bias(model: nn.Module, tap: Tap) -> Tensor:
+    """The bias that is added after the tap."""
+    bias = model.get_parameter(tap.bias).detach()
+    return bias if bias.dim() == 1 or tap.expert is None else bias[tap.expert]
+
+
+def activation(site: Site, inputs: Mapping[str, Tensor], tensor: Callable[[str], Tensor]) -> Tensor:
     """The activation `h` of a site, recomputed from the weights the site says its neurons read.
 
     `inputs` maps each reading role to what its weight was multiplied with, `[..., fan]` (`capture_inputs` sees it), and
