@@ -205,9 +205,7 @@ def test_natural_values_are_the_largest_activations_but_the_first_token_s() -> N
     site = check.model.sites[2]
     table = check.columns(site, labels(48))
     seen: list[torch.Tensor] = []
-    handle = model.model.layers[2].mlp.down_proj.register_forward_pre_hook(
-        lambda _, a: seen.append(a[0][0, 1:])
-    )
+    handle = model.model.layers[2].mlp.down_proj.register_forward_pre_hook(lambda _, a: seen.append(a[0][0, 1:]))
     with torch.no_grad():
         for ids in PROMPTS:
             model(torch.tensor([ids]))
@@ -283,9 +281,7 @@ def test_planted_neurons_get_the_verdict_they_were_given() -> None:
 
 def test_random_labels_are_seldom_confirmed() -> None:
     check, table, _ = planted()
-    assert (
-        table["shuffled_confirmed"].mean() < 0.06
-    )  # the limit is set where two thirds of the labels are true
+    assert table["shuffled_confirmed"].mean() < 0.06  # the limit is set where two thirds of the labels are true
     site, confirmed = check.model.sites[1], []
     for seed in range(4):  # no label is true: hardly any may pass
         tokens = np.random.default_rng(seed).integers(0, 600, site.width)
@@ -316,9 +312,7 @@ def test_moderated_t_is_calibrated_and_stronger_than_student_s(prior: float) -> 
     for level in (0.001, 0.01, 0.05):
         assert (p < level).mean() < level + 3 * np.sqrt(level / 40_000)
     shifted = x + 3 * scale[:, None]
-    assert (moderated_t(shifted)[0] < 0.01).mean() > 1.5 * (
-        stats.ttest_1samp(shifted, 0, axis=1).pvalue < 0.01
-    ).mean()
+    assert (moderated_t(shifted)[0] < 0.01).mean() > 1.5 * (stats.ttest_1samp(shifted, 0, axis=1).pvalue < 0.01).mean()
 
 
 def test_moderated_t_needs_two_prompts() -> None:
@@ -408,14 +402,27 @@ def test_on_a_real_model_replay_equals_the_plain_way(smollm2: CausalCheck) -> No
         assert (found - plain).abs().max() < 1e-4 * plain.abs().max()
 
 
+def test_values_do_not_depend_on_the_number_of_threads(smollm2: CausalCheck) -> None:
+    site, threads = smollm2.model.sites[27], torch.get_num_threads()
+    neurons, values = torch.arange(512), torch.linspace(-5, 5, 512)
+    found = []
+    try:
+        for number in (1, 2):
+            torch.set_num_threads(number)
+            replay = Replay(smollm2.model.module(), smollm2.model.sites, smollm2.ids[0])
+            found.append(replay.run(site, neurons, values))
+            assert torch.get_num_threads() == number
+    finally:
+        torch.set_num_threads(threads)
+    assert torch.equal(*found)
+
+
 def test_the_pet_neuron_of_a_real_model_promotes_dogs(smollm2: CausalCheck) -> None:
     site = smollm2.model.sites[29]
     dog = smollm2.model.tokens().index(" dog")
     tokens = np.random.default_rng(0).integers(1000, 40_000, site.width)
     tokens[808] = dog
-    table = smollm2.columns(
-        site, {"label_token": tokens.tolist(), "label_tokens": [[int(t)] for t in tokens]}
-    )
+    table = smollm2.columns(site, {"label_token": tokens.tolist(), "label_tokens": [[int(t)] for t in tokens]})
     assert table["verdict"][808] == "promotes"
     assert table["effect"][808] > 10 * table["effect_se"][808]
     assert np.mean(table["confirmed"]) < 0.02  # all other labels were drawn at random

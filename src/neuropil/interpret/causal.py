@@ -32,10 +32,21 @@ The verdict is then "promotes" (effect > 0) or "suppresses" (effect < 0), else "
 **Its error rate is measured, not assumed.** Beside its own label every neuron is given that of another
 neuron of its site, drawn at random, with controls matched to it. `shuffled_confirmed` says whether it would
 have been confirmed under the same p-value limit. Its mean is the false positive rate; over the mean of
-`confirmed` it estimates the false discovery rate.
+`confirmed` it estimates the false discovery rate. In an atlas:
+
+    SELECT layer, avg(confirmed::INT) AS confirmed, avg(shuffled_confirmed::INT) AS false_positive_rate,
+           avg(shuffled_confirmed::INT) / avg(confirmed::INT) AS false_discovery_rate
+    FROM neurons GROUP BY layer ORDER BY layer
+
+What the verdict does not say: that the neuron moves this word *only*, or in other contexts than at the end of
+such prompts. A neuron deep below the head may matter through many others; its effect on its own label is
+then often lost in the spread of its controls, and the verdict is "no effect".
 
 **Cost.** Two rows a neuron and prompt, each through the blocks above its own alone
-(`neuropil.interpret.replay`). Memory: the model, and about `rows` times 25 rows of the head.
+(`neuropil.interpret.replay`), which takes little more than their bare matrix products. Memory: the model,
+`rows` activations of one block, and about `25 * rows` rows of the head. Chunks are fixed by `rows` alone, and
+what is computed for few rows runs on one thread, so that a site's values depend neither on what was done before it
+nor (replayed) on threads.
 
 Source of the clamping: Davies 2025, "Decoding specialised feature neurons in LLMs with the final projection
 layer" (arXiv 2501.02688). The controls, the standard errors and the verdict are ours.
@@ -55,7 +66,7 @@ from torch import Tensor
 
 from neuropil.errors import ModelError, NeuropilError
 from neuropil.interpret.controls import MatchedTokens
-from neuropil.interpret.replay import WAYS, Replay, choose_way, run_to_head
+from neuropil.interpret.replay import WAYS, Replay, choose_way, one_thread, run_to_head
 from neuropil.interpret.verdict import beyond_controls, moderated_t, step_up
 from neuropil.neurons import Site, capture
 
@@ -239,7 +250,7 @@ class CausalCheck:
         largest = {site.name: torch.zeros(site.width) for site in sites}
         for length in sorted({len(ids) for ids in self.ids}):
             batch = torch.tensor([ids for ids in self.ids if len(ids) == length])
-            with torch.inference_mode(), capture(module, sites) as seen:
+            with one_thread(), torch.inference_mode(), capture(module, sites) as seen:
                 run_to_head(module, input_ids=batch)
             for site in sites:
                 if site.name in seen:

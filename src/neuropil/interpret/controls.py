@@ -41,9 +41,7 @@ class MatchedTokens:
             stems = [text.strip().casefold()[:3] or f"\0{i}" for i, text in enumerate(texts[: len(norms)])]
             self.word = torch.tensor([codes.setdefault(s, len(codes)) for s in stems])
 
-    def draw(
-        self, labels: Int[Tensor, "n l"], counts: Int[Tensor, " n"], k: int, seed: int
-    ) -> Int[Tensor, "n k"]:
+    def draw(self, labels: Int[Tensor, "n l"], counts: Int[Tensor, " n"], k: int, seed: int) -> Int[Tensor, "n k"]:
         """`k` controls a row, control `j` matched to the label's token `j mod count`; `labels` is padded
         beyond `counts`. The same seed gives the same tokens, whatever other seeds were used before."""
         n, vocabulary = len(labels), len(self.norms)

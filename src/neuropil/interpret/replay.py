@@ -34,9 +34,10 @@ from torch import Tensor, nn
 
 from neuropil._taps import tapped
 from neuropil.errors import ModelError
+from neuropil.interpret.prefix import SharedPrefixAttention, prefix_cache
 from neuropil.neurons import Site, capture, clamp
 
-__all__ = ["WAYS", "Replay", "choose_way", "run_to_head"]
+__all__ = ["WAYS", "Replay", "choose_way", "one_thread", "run_to_head"]
 
 WAYS = ("replay", "rows", "plain")
 TOLERANCE = 1e-4  # of the largest entry of the final hidden state
@@ -64,28 +65,6 @@ class _Blocks:
         return None
 
 
-def _prefix_cache(config: Any) -> Any:
-    """A key-value cache that is filled once and then only read, by a batch of any size."""
-    from transformers.cache_utils import DynamicCache
-
-    class PrefixCache(DynamicCache):
-        frozen = False
-
-        def update(
-            self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
-        ) -> tuple[Tensor, Tensor]:
-            if not self.frozen:
-                return super().update(key_states, value_states, layer_idx, *args, **kwargs)
-            held: Any = self.layers[layer_idx]
-            shape = (key_states.shape[0], -1, -1, -1)
-            return (
-                torch.cat([held.keys.expand(shape), key_states], dim=2),
-                torch.cat([held.values.expand(shape), value_states], dim=2),
-            )
-
-    return PrefixCache(config=config)
-
-
 @contextmanager
 def _forward_as(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
     """Let `module` compute `forward` for a while; afterwards it is as before."""
@@ -98,6 +77,17 @@ def _forward_as(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None
             del module.__dict__["forward"]
         else:
             module.__dict__["forward"] = had
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Products of one or few rows are split over threads in ways that round differently; on one they do not."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 class Replay:
@@ -119,8 +109,9 @@ class Replay:
         self.cache: Any = None
         self.outputs: list[Any] = []
         self._writes: dict[str, Tensor] = {}
-        self.clean, self.activations = self._record_plain()
-        self._record_cached()
+        with one_thread():
+            self.clean, self.activations = self._record_plain()
+            self._record_cached()
 
     def run(
         self, site: Site, neurons: Int[Tensor, " rows"], values: Float[Tensor, " rows"], way: str = "replay"
@@ -130,9 +121,7 @@ class Replay:
         `way` is "replay", "rows" or "plain". Raises ModelError where the way does not fit the model.
         """
         with torch.inference_mode():
-            return {"replay": self._replay, "rows": self._rows, "plain": self._plain}[way](
-                site, neurons, values
-            )
+            return {"replay": self._replay, "rows": self._rows, "plain": self._plain}[way](site, neurons, values)
 
     def all_up(self, site: Site, value: float) -> Float[Tensor, " width"]:
         """What each neuron's activation would be, were the output of its up-projection `value`."""
@@ -151,20 +140,23 @@ class Replay:
 
     def _replay(self, site: Site, neurons: Tensor, values: Tensor) -> Tensor:
         if not self.outputs or self.blocks is None or not _written_linearly(self.module, site):
-            raise ModelError(
-                f"site {site.name} of {type(self.module).__name__} cannot be replayed from its block"
-            )
+            raise ModelError(f"site {site.name} of {type(self.module).__name__} cannot be replayed from its block")
         first = self.blocks.of_site[site.name]
         change = (values - self.activations[site.name][neurons])[:, None] * self._write(site)[neurons]
 
+        threads = torch.get_num_threads()
+
         def write(_: nn.Module, __: Any, out: Tensor) -> Tensor:
+            torch.set_num_threads(threads)
             return out + change[:, None, :]
 
         with ExitStack() as stack:
+            stack.enter_context(one_thread())  # until the batch begins
             for block, output in zip(self.blocks.modules[:first], self.outputs, strict=False):
                 stack.enter_context(_forward_as(block, lambda *_, output=output, **__: output))
             down = self.module.get_submodule(site.tap.module)
             stack.callback(down.register_forward_hook(write).remove)
+            stack.enter_context(SharedPrefixAttention(self.cache))
             return self._last()
 
     def _rows(self, site: Site, neurons: Tensor, values: Tensor) -> Tensor:
@@ -208,9 +200,7 @@ class Replay:
         for n, value in zip(neurons.tolist(), values.tolist(), strict=True):
             with clamp(self.module, {f"{site.number}:{n}": value}):
                 found.append(
-                    self._final(
-                        input_ids=self.ids[:, -1:], past_key_values=copy.deepcopy(before), use_cache=True
-                    )
+                    self._final(input_ids=self.ids[:, -1:], past_key_values=copy.deepcopy(before), use_cache=True)
                 )
         return torch.cat(found)
 
@@ -231,7 +221,7 @@ class Replay:
         """
         outputs: dict[int, Any] = {}
         try:
-            self.cache = _prefix_cache(self.module.config)
+            self.cache = prefix_cache(self.module.config)
             self.module(input_ids=self.ids[:, :-1], past_key_values=self.cache, use_cache=True)
             self.cache.frozen = True
             with ExitStack() as stack, capture(self.module, self.sites) as seen:
@@ -296,9 +286,7 @@ def run_to_head(module: nn.Module, **inputs: Any) -> Float[Tensor, "*rows positi
     find: Any = getattr(module, "get_output_embeddings", None)
     head = find() if find is not None else None
     if head is None:
-        raise ModelError(
-            f"{type(module).__name__} has no output head; load a model with a language-model head"
-        )
+        raise ModelError(f"{type(module).__name__} has no output head; load a model with a language-model head")
 
     def stop(hidden: Tensor, *_: Any, **__: Any) -> Tensor:
         raise _Seen(hidden)
@@ -311,9 +299,7 @@ def run_to_head(module: nn.Module, **inputs: Any) -> Float[Tensor, "*rows positi
     raise ModelError(f"{type(module).__name__} ran without using its output head")
 
 
-def choose_way(
-    replay: Replay, site: Site, neurons: Int[Tensor, " rows"], values: Float[Tensor, " rows"]
-) -> str:
+def choose_way(replay: Replay, site: Site, neurons: Int[Tensor, " rows"], values: Float[Tensor, " rows"]) -> str:
     """The fastest way that gives for these rows what the plain way gives, to 1e-4 of the largest entry."""
     plain = replay.run(site, neurons, values, "plain")
     for way in WAYS[:-1]:

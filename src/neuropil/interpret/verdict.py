@@ -72,9 +72,7 @@ def _inverse_trigamma(y: float) -> float:
     return x
 
 
-def beyond_controls(
-    effect: Vector, controls: Float[np.ndarray, "n k"]
-) -> tuple[Vector, Float[np.ndarray, " n"]]:
+def beyond_controls(effect: Vector, controls: Float[np.ndarray, "n k"]) -> tuple[Vector, Float[np.ndarray, " n"]]:
     """Two-sided p-values of "the token is one more draw from its controls"; the controls' standard deviation.
 
         t = (effect - mean(controls)) / (s * sqrt(1 + 1 / k))   on k - 1 degrees of freedom
