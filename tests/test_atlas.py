@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import duckdb
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -48,9 +49,7 @@ def test_rows_are_neurons_and_values_come_back(tiny: Path) -> None:
     with Atlas.open(tiny) as atlas:
         assert atlas.groups == ["decode", "causal"]
         assert list(atlas.columns)[:5] == ["neuron", "site", "index", "layer", "module"]
-        rows = atlas.query(
-            "SELECT neuron, label, up_scores, up_tokens FROM neurons ORDER BY site, index"
-        ).to_pylist()
+        rows = atlas.query("SELECT neuron, label, up_scores, up_tokens FROM neurons ORDER BY site, index").to_pylist()
         assert len(rows) == 48
         for site in atlas.sites:
             given_ = decode_columns(site)
@@ -145,20 +144,13 @@ def test_parts_that_are_missing_are_null_and_counted(tmp_path: Path) -> None:
         state = atlas.status()["groups"]["first"]
         assert (state["parts"], state["of"], state["complete"]) == (2, SITES, False)
         assert state["missing"] == list(range(2, SITES))
-        rows = atlas.query(
-            "SELECT site, count(score) AS n FROM neurons GROUP BY site ORDER BY site"
-        ).to_pylist()
+        rows = atlas.query("SELECT site, count(score) AS n FROM neurons GROUP BY site ORDER BY site").to_pylist()
         assert [row["n"] for row in rows] == [WIDTH] * 2 + [0] * (SITES - 2)
         assert atlas.neuron("5:0")["score"] is None
         with Atlas.open(tmp_path / "a", write=True) as writer:
-            assert (
-                writer.add("first", lambda s: seen.append(s.number) or columns(s), progress=False)
-                == SITES - 2
-            )
+            assert writer.add("first", lambda s: seen.append(s.number) or columns(s), progress=False) == SITES - 2
         assert seen == list(range(SITES)), "a finished part was computed again"
-        assert atlas.neuron("5:0")["score"] == columns(CHAIN.sites[5])["score"][0].item(), (
-            "an open reader sees it"
-        )
+        assert atlas.neuron("5:0")["score"] == columns(CHAIN.sites[5])["score"][0].item(), "an open reader sees it"
 
 
 def test_two_groups_may_have_a_column_of_one_name(copy: Path) -> None:
@@ -202,9 +194,7 @@ def test_other_settings_are_refused_unless_overwriting(copy: Path) -> None:
         with pytest.raises(AtlasError, match=r"prompts: 16 there, 8 now.*new folder.*overwrite=True"):
             atlas.add("causal", lambda s: {}, settings={**same, "prompts": 8}, progress=False)
         new = {"effect": torch.ones(16)}
-        assert (
-            atlas.add("causal", lambda s: new, settings={"prompts": 8}, overwrite=True, progress=False) == 3
-        )
+        assert atlas.add("causal", lambda s: new, settings={"prompts": 8}, overwrite=True, progress=False) == 3
         assert atlas.neuron("0:0")["effect"] == 1
         assert "verdict" not in atlas.columns
 
@@ -291,30 +281,28 @@ def test_a_bad_part_is_named_and_mended_as_told(copy: Path, how: str) -> None:
 def test_parts_of_another_model_or_other_settings_are_foreign(copy: Path, tmp_path: Path) -> None:
     other = tiny_atlas(tmp_path / "other", seed=1)
     shutil.copy(part(other), part(copy))
-    with pytest.raises(
-        AtlasError, match=r"(?s)00001.parquet: foreign: its model is '0+1', not '0+'.*its settings is"
-    ):
+    with pytest.raises(AtlasError, match=r"(?s)00001.parquet: foreign: its model is '0+1', not '0+'.*its settings is"):
         Atlas.open(copy)
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(data=st.data())
 def test_a_flipped_byte_never_passes_unnoticed(tiny: Path, data: st.DataObject) -> None:
     with tempfile.TemporaryDirectory() as folder:
         spoiled = Path(shutil.copytree(tiny, Path(folder) / "spoiled"))
-        target = part(spoiled)
-        before = pq.read_table(target)
+        target = data.draw(st.sampled_from([part(spoiled), spoiled / "vocabulary.parquet"]))
         raw = bytearray(target.read_bytes())
         place = data.draw(st.integers(0, len(raw) - 1), "place")
         raw[place] ^= data.draw(st.integers(1, 255), "flip")
         target.write_bytes(raw)
-        try:
-            with Atlas.open(spoiled) as atlas:
-                atlas.status()
-        except AtlasError as bad:
-            assert str(target) in str(bad)  # noqa: PT017 - either is right, each in its way
-        else:
-            assert pq.read_table(target).equals(before), "the flip changed values, and nothing told"
+        with pytest.raises(AtlasError) as caught:
+            Atlas.open(spoiled).status()
+        assert str(target) in str(caught.value)
+
+
+def test_parts_are_ordinary_parquet(tiny: Path) -> None:
+    for path in tiny.rglob("*.parquet"):
+        assert pq.read_table(path).num_rows == duckdb.read_parquet(str(path)).count("*").fetchall()[0][0]
 
 
 def test_a_query_over_a_damaged_page_names_the_part(copy: Path) -> None:
@@ -323,7 +311,7 @@ def test_a_query_over_a_damaged_page_names_the_part(copy: Path) -> None:
     for place in range(40, len(raw) // 2):  # the pages lie before the footer
         raw[place] ^= 0xFF
     target.write_bytes(raw)
-    with Atlas.open(copy) as atlas, pytest.raises(AtlasError, match=r"00001.parquet: truncated or damaged"):
+    with Atlas.open(copy) as atlas, pytest.raises(AtlasError, match=r"00001.parquet: truncated, damaged"):
         atlas.query("SELECT * FROM neurons")
 
 
@@ -383,9 +371,7 @@ def test_a_refused_write_loses_nothing(tmp_path: Path) -> None:
     assert fill(tmp_path / "a") == f"{SITES - 5}\n"
 
 
-@pytest.mark.skipif(
-    os.name == "nt" or os.geteuid() != 0, reason="only root may mount; RLIMIT_FSIZE is tested above"
-)
+@pytest.mark.skipif(os.name == "nt" or os.geteuid() != 0, reason="only root may mount; RLIMIT_FSIZE is tested above")
 def test_a_full_disk_loses_nothing(small_disk: Path) -> None:
     said = fill(small_disk / "a")
     check_full(small_disk / "a", said, "No space left on device")
@@ -424,9 +410,7 @@ def test_one_changed_layer_is_found(tiny: Path, tmp_path: Path) -> None:
         with Atlas.open(tiny) as one:
             found = diff(one, other)
     same = {row["site"]: row["same"] for row in found.by_site.to_pylist() if row["weight"] == "up"}
-    expected = {
-        n: [decode_columns(s, seed=d)["up_token_ids"] for d in (0, 5)] for n, s in enumerate(model.sites)
-    }
+    expected = {n: [decode_columns(s, seed=d)["up_token_ids"] for d in (0, 5)] for n, s in enumerate(model.sites)}
     a, b = expected[1]
     assert same == {0: 1.0, 1: (a[:, 0] == b[:, 0]).float().mean().item(), 2: 1.0}
     overlap = [len({*x} & {*y}) / len({*x} | {*y}) for x, y in zip(a.tolist(), b.tolist(), strict=True)]
@@ -450,9 +434,7 @@ def test_models_of_other_shape_are_not_compared(tiny: Path, tmp_path: Path) -> N
 
 
 def test_the_arrow_metadata_of_a_part_tell_what_it_is(tiny: Path) -> None:
-    stamp = {
-        k.decode(): v.decode() for k, v in pq.read_metadata(part(tiny)).metadata.items() if b"neuropil" in k
-    }
+    stamp = {k.decode(): v.decode() for k, v in pq.read_metadata(part(tiny)).metadata.items() if b"neuropil" in k}
     assert stamp["neuropil.group"] == "decode"
     assert stamp["neuropil.module"] == "model.layers.1.mlp"
     assert (stamp["neuropil.site"], stamp["neuropil.width"], stamp["neuropil.format"]) == ("1", "16", "1")

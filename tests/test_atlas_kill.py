@@ -58,9 +58,7 @@ def test_builds_killed_anywhere_resume_to_the_same_bytes(tmp_path: Path, whole: 
         assert int(parts) >= before, "a finished part was lost"
         before = int(parts)
         if (folder / "manifest.json").exists():
-            with Atlas.open(
-                folder
-            ) as atlas:  # what a kill leaves can be read, and is whole as far as it goes
+            with Atlas.open(folder) as atlas:  # what a kill leaves can be read, and is whole as far as it goes
                 groups = atlas.status()["groups"].values()
                 assert sum(group["parts"] for group in groups) == before
     killer.communicate()

@@ -78,9 +78,7 @@ def diff(before: Atlas, after: Atlas) -> Diff:
             about = {"weight": name.removesuffix("_token_ids"), "site": site.number, "layer": site.layer}
             rows.append({**about, "neurons": len(both), **shares})
     if not rows:
-        raise AtlasError(
-            f"{before.path} and {after.path} have no decoded neuron in common; finish both atlases"
-        )
+        raise AtlasError(f"{before.path} and {after.path} have no decoded neuron in common; finish both atlases")
     changed, schema = list(_changed(before, after)) if labelled else [], _changed_schema(before, after)
     kinds = dict.fromkeys(row["weight"] for row in rows)
     return Diff(
@@ -116,9 +114,7 @@ def _same_shape(before: Atlas, after: Atlas) -> None:
             f"{before.path} ({told[0]}) and {after.path} ({told[1]}) are of models of different shape; only "
             "models with the same layers can be compared neuron by neuron"
         )
-    words = [
-        atlas.query("SELECT token_id, token FROM vocabulary ORDER BY token_id") for atlas in (before, after)
-    ]
+    words = [atlas.query("SELECT token_id, token FROM vocabulary ORDER BY token_id") for atlas in (before, after)]
     if all(len(w) for w in words) and not words[0].equals(words[1]):
         raise AtlasError(
             f"{before.path} and {after.path} have different vocabularies ({len(words[0])} and "

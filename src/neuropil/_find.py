@@ -223,7 +223,9 @@ def _embedded(path: Path, labels: list[str]) -> np.ndarray:
 
 def _kept(file: Path, count: int) -> np.ndarray | None:
     try:
-        column = pq.read_table(file, page_checksum_verification=True)["embedding"].combine_chunks()
+        if _parts.broken(file, deep=True):
+            return None
+        column = pq.read_table(file)["embedding"].combine_chunks()
         vectors = column.values.to_numpy(zero_copy_only=False).reshape(count, meaning.DIMENSION)
     except (OSError, pa.ArrowException, ValueError, KeyError, AttributeError):
         return None

@@ -146,11 +146,11 @@ def vocabulary(path: Path) -> pa.Table:
     """The table (token_id, token). Raises AtlasError if its file is missing or damaged."""
     file = path / "vocabulary.parquet"
     try:
-        return pq.read_table(file, page_checksum_verification=True)
+        if _parts.broken(file, deep=True):
+            raise OSError("its bytes are not as they were written")
+        return pq.read_table(file)
     except (OSError, pa.ArrowException) as bad:
-        raise AtlasError(
-            f"{file} is missing or damaged ({bad}); make the atlas anew in a new folder"
-        ) from bad
+        raise AtlasError(f"{file} is missing or damaged ({bad}); make the atlas anew in a new folder") from bad
 
 
 def site_entry(site: Site) -> dict[str, Any]:

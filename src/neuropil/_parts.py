@@ -1,7 +1,7 @@
 """One part of an atlas: the columns that one group says of the neurons of one site, as one Parquet file.
 
 A part is whole or absent: it is written under a temporary name in its own folder, brought to the disk, and
-renamed. Its Parquet metadata say what it belongs to (`Stamp`), its pages carry checksums, and it holds
+renamed. Its Parquet metadata say what it belongs to (`Stamp`), it carries checksums, and it holds
 nothing that differs between two runs of the same computation, such as a time.
 """
 
@@ -71,9 +71,7 @@ def digest(settings: Mapping[str, Any]) -> str:
 def check_name(name: str, what: str) -> None:
     """Raise AtlasError unless `name` may name a group or a column."""
     if not _NAME.match(name):
-        raise AtlasError(
-            f"{what} {name!r}: expected letters, digits and underscores, not starting with a digit"
-        )
+        raise AtlasError(f"{what} {name!r}: expected letters, digits and underscores, not starting with a digit")
 
 
 # ------------------------------------------------------------------------------------------------- values
@@ -127,9 +125,7 @@ def table(columns: Mapping[str, Any], stamp: Stamp, types: Mapping[str, pa.DataT
         except (pa.ArrowException, ValueError, TypeError) as bad:
             raise AtlasError(f"{where}: these values make no column: {bad}") from bad
         if len(array) != stamp.width:
-            raise AtlasError(
-                f"{where}: {len(array)} values given, expected one for each of {stamp.width} neurons"
-            )
+            raise AtlasError(f"{where}: {len(array)} values given, expected one for each of {stamp.width} neurons")
         out[name] = array
     return pa.table(out).replace_schema_metadata(stamp.metadata())
 
@@ -137,7 +133,7 @@ def table(columns: Mapping[str, Any], stamp: Stamp, types: Mapping[str, pa.DataT
 # -------------------------------------------------------------------------------------------------- files
 
 
-def atomic_write(path: Path, data: bytes | memoryview | pa.Buffer, safe: str = "") -> None:
+def atomic_write(path: Path, data: bytes, safe: str = "") -> None:
     """Write `path` whole or not at all, and be sure that it is on the disk.
 
     Raises AtlasError where the system refuses (a full disk, say); `safe` tells what is kept in that case.
@@ -155,9 +151,7 @@ def atomic_write(path: Path, data: bytes | memoryview | pa.Buffer, safe: str = "
         temporary.unlink(missing_ok=True)
         full = bad.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
         mend = "free some space and run again" if full else "mend that and run again"
-        raise AtlasError(
-            f"cannot write {path}: {bad.strerror or bad}. {safe}{mend[0].upper()}{mend[1:]}."
-        ) from bad
+        raise AtlasError(f"cannot write {path}: {bad.strerror or bad}. {safe}{mend[0].upper()}{mend[1:]}.") from bad
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
@@ -181,37 +175,57 @@ def sweep(folders: Iterable[Path]) -> None:
                 stray.unlink(missing_ok=True)
 
 
-def to_bytes(part: pa.Table) -> pa.Buffer:
-    """The part as a Parquet file: the same table gives the same bytes."""
+def to_bytes(part: pa.Table) -> bytes:
+    """The part as a Parquet file: the same table gives the same bytes.
+
+    Parquet has checksums for the contents of pages, but none for what describes them. So a seal stands before the
+    footer, where readers of Parquet do not look: digests of all that is before it and of all that is after it.
+    """
     sink = pa.BufferOutputStream()
+    rows = max(part.num_rows, 1)  # a part is read whole
     pq.write_table(
-        part,
-        sink,
-        compression="zstd",
-        row_group_size=max(part.num_rows, 1),  # a part is read whole
-        write_page_checksum=True,
-        write_statistics=False,  # the footer has no checksum, and a false minimum would hide rows
+        part, sink, compression="zstd", row_group_size=rows, write_page_checksum=True, write_statistics=False
     )
-    return sink.getvalue()
+    plain = sink.getvalue().to_pybytes()
+    start = len(plain) - int.from_bytes(plain[-8:-4], "little") - 8
+    return plain[:start] + _seal(plain[:start]) + _seal(plain[start:]) + plain[start:]
+
+
+def _seal(data: bytes) -> bytes:
+    return hashlib.sha256(data).digest()[:16]
+
+
+def broken(path: Path, deep: bool) -> bool:
+    """Whether the seals do not fit; the pages' is looked at if `deep`. Before anything parses the bytes."""
+    with open(path, "rb") as file:
+        end = file.seek(0, os.SEEK_END)
+        file.seek(max(end - 8, 0))
+        start = end - 8 - int.from_bytes(file.read(8)[:4], "little")
+        if start < 32:
+            return True
+        file.seek(start - 32)
+        pages, footer, rest = file.read(16), file.read(16), file.read()
+        if _seal(rest) != footer:
+            return True
+        file.seek(0)
+        return deep and _seal(file.read(start - 32)) != pages
 
 
 def inspect(path: Path, stamp: Stamp, deep: bool = False) -> tuple[pa.Schema | None, str]:
-    """The schema of a part and what is wrong with it (nothing: ""). `deep` reads every page."""
+    """The schema of a part and what is wrong with it (nothing: ""). `deep` reads every byte."""
     try:
-        with pq.ParquetFile(path, page_checksum_verification=True) as file:
-            metadata, schema = file.metadata, file.schema_arrow
-            if wrong := stamp.differs(metadata.metadata):
-                return None, f"foreign: {wrong}"
-            if metadata.num_rows != stamp.width:
-                return None, f"it has {metadata.num_rows} rows, not {stamp.width}"
-            if schema.names[:2] != ["site", "index"]:
-                return None, "foreign: it does not start with the columns site and index"
-            if deep:
-                file.read()
+        if broken(path, deep):
+            return None, "truncated, damaged, or foreign: its bytes are not as neuropil wrote them"
+        metadata = pq.read_metadata(path)
     except FileNotFoundError:
         raise
     except (pa.ArrowException, OSError, ValueError) as bad:
         return None, f"truncated or damaged: {str(bad).splitlines()[0]}"
+    if wrong := stamp.differs(metadata.metadata):
+        return None, f"foreign: {wrong}"
+    schema = metadata.schema.to_arrow_schema()
+    if metadata.num_rows != stamp.width or schema.names[:2] != ["site", "index"]:
+        return None, f"foreign: it has {metadata.num_rows} rows, expected {stamp.width} with site and index"
     return schema.remove_metadata(), ""
 
 

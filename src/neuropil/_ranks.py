@@ -32,9 +32,7 @@ class Lock:
         try:
             handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
         except OSError as bad:
-            raise AtlasError(
-                f"cannot write to {path.parent}: {bad.strerror}; open it for reading only"
-            ) from bad
+            raise AtlasError(f"cannot write to {path.parent}: {bad.strerror}; open it for reading only") from bad
         try:
             _take(handle)
         except OSError as bad:

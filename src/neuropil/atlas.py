@@ -164,7 +164,7 @@ class Atlas:
     def status(self, verify: bool = True) -> dict[str, Any]:
         """How far the atlas is: per group its parts, the sites still missing, and bytes; and who is writing.
 
-        `verify` reads every part whole and checks its pages' checksums; raises AtlasError naming the damaged
+        `verify` reads every part whole and checks its checksums; raises AtlasError naming the damaged
         ones.
         """
         snapshot = self._fresh()
@@ -215,9 +215,7 @@ class Atlas:
         the one that did.
         """
         if self._ranks is None:
-            raise AtlasError(
-                f"{self.path} is open for reading; open it with Atlas.open(path, write=True) to add"
-            )
+            raise AtlasError(f"{self.path} is open for reading; open it with Atlas.open(path, write=True) to add")
         ranks = self._ranks
         settings = dict(settings or {})
         direct = compute if isinstance(compute, dict) else None
@@ -276,7 +274,7 @@ class Atlas:
             given = _parts.to_bytes(_parts.table(columns, snapshot.stamp(group, site), types))
             if site.number not in have:
                 todo.append(site.number)
-            elif have[site.number].path.read_bytes() != given.to_pybytes():
+            elif have[site.number].path.read_bytes() != given:
                 raise AtlasError(
                     f"group {group!r} already has other values for site {name!r}; give the new ones another "
                     "group name, or overwrite=True to replace the group"
