@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from neuropil._trace import Parameter, Ref, Step, Trace, flat
+from neuropil._trace import Parameter, Ref, Step, Trace, Unknown, flat
 
 
 @dataclass(frozen=True)
@@ -25,6 +25,8 @@ class Formula:
     slices: dict[str, tuple[int, int, int, int]]  # role -> (outputs of the map, start, step, width)
     convolutions: dict[str, tuple[Any, ...]]  # role -> settings of its convolution
     weights: dict[str, int]  # role -> node of a weight that is computed from its parameter
+    paddings: dict[str, tuple[int, ...]]  # role -> padding of its input inside the module
+    complete: bool = True  # False where the probe could not see a constant's value
     scaled: bool = False  # h is, token by token, a multiple of what this gives (a routing weight)
     prefix: str = ""
 
@@ -51,7 +53,10 @@ class Formula:
         weights = {r: seen.ops[op].weight_node for r, (op, *_) in roles.items() if seen.ops[op].weight_node >= 0}
         scaled = bool(seen.scaled & set(steps))
         steps |= cls._closure(seen, list(weights.values()))
-        return cls(steps, root, leaves, slices, settings, weights, scaled)
+        paddings = {r: seen.ops[op].padding for r, (op, *_) in roles.items() if seen.ops[op].padding}
+        known = [s for s in steps.values() if isinstance(s, Step)]
+        complete = not any(isinstance(a, Unknown) for s in known for a in flat((s.args, s.kwargs)))
+        return cls(steps, root, leaves, slices, settings, weights, paddings, complete, scaled)
 
     @staticmethod
     def _closure(seen: Trace, wanted: list[int]) -> dict[int, Step | int]:

@@ -30,9 +30,9 @@ def recognise(model: nn.Module) -> list[Site]:
     ran: set[str] = set()
     for seen in _whole(model, adapters):
         ran |= {name for name in seen.ran if name}
-        for site in Reader(model, "", seen).sites():
-            found.setdefault(_key(site), site)
-        if found or seen.ops:
+        sites = Reader(model, "", seen).sites()
+        found |= {_key(site): site for site in sites}
+        if _complete(sites):
             break
     _parts(model, adapters, ran, found)
     ordered = sorted(found.values(), key=lambda s: (names.get(_up(s).name, 0), _up(s).expert or 0, _up(s).start))
@@ -46,6 +46,11 @@ def _up(site: Site) -> Weight:
 def _key(site: Site) -> tuple[Any, ...]:
     w = _up(site)
     return (w.name, w.expert, w.start, w.step)
+
+
+def _complete(sites: list[Site]) -> bool:
+    """Whether nothing about the sites needs a probe that sees values."""
+    return all(s.formula is None or s.formula.complete for s in sites)
 
 
 def _adapters(model: nn.Module) -> set[str]:

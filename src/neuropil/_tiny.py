@@ -64,6 +64,8 @@ _SMALL: tuple[tuple[str, int], ...] = (
 
 # By type: attributes to set ("text_config.x" reaches a part), after the general rule.
 _SWIN = {"embed_dim": 24, "depths": [1, 1], "num_heads": [2, 4], "window_size": 4, "patch_size": 4}
+_INDEXER = {"indexer_budget": 4, "indexer_compress_ratio": 2, "indexer_n_heads": 2, "indexer_kv_heads": 1,
+            "indexer_head_dim": 16}  # fmt: skip
 _OVERRIDES: dict[str, dict[str, Any]] = {
     "bamba": {"attn_layer_indices": [1]},
     "blt": {"encoder_hash_byte_group_vocab": 100},
@@ -79,6 +81,14 @@ _OVERRIDES: dict[str, dict[str, Any]] = {
     "esmc": {"num_key_value_heads": 4},
     "falcon_h1": {"mamba_d_head": 16},
     "gemma3n_text": {"num_kv_shared_layers": 0},
+    "gemma4_assistant": {"text_config": {"num_hidden_layers": 2, "hidden_size": 32, "intermediate_size": 48,
+                                         "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8,
+                                         "global_head_dim": 8, "vocab_size": 120, "hidden_size_per_layer_input": 0,
+                                         "vocab_size_per_layer_input": 0, "num_kv_shared_layers": 2,
+                                         "max_position_embeddings": 64,
+                                         "layer_types": ["sliding_attention", "full_attention"]},
+                         "backbone_hidden_size": 32},
+    "gemma4_unified_assistant": {"text_config.num_kv_shared_layers": 2, "text_config.per_layer_config": {}},
     "granitemoehybrid": {"layer_types": ["mamba", "attention"]},
     "hunyuan_v1_dense": {"head_dim": 8},
     "hunyuan_v1_moe": {"head_dim": 8, "num_experts": 4, "moe_topk": 2},
@@ -89,8 +99,8 @@ _OVERRIDES: dict[str, dict[str, Any]] = {
     "mobilebert": {"hidden_size": 64, "embedding_size": 32, "true_hidden_size": 128, "intra_bottleneck_size": 128},
     "nemotron": {"head_dim": 8, "num_key_value_heads": 2},
     "perceiver": {"d_latents": 32, "num_latents": 8, "num_self_attends_per_block": 2, "d_model": 32, "image_size": 32},
-    "qwen4_exp_text": {"indexer_budget": 4, "indexer_compress_ratio": 2, "indexer_n_heads": 2, "indexer_kv_heads": 1,
-                       "indexer_head_dim": 16},
+    "qwen4_exp": _INDEXER,
+    "qwen4_exp_text": _INDEXER,
     "recurrent_gemma": {"num_hidden_layers": 3},
     "reformer": {"is_decoder": True, "axial_pos_shape": [4, 16], "axial_pos_embds_dim": [16, 16], "hidden_size": 32,
                  "attn_layers": ["local", "local"], "local_attn_chunk_length": 8, "feed_forward_size": 48},
@@ -230,6 +240,12 @@ def _inputs(model: nn.Module, model_type: str, mapping: str) -> dict[str, Any]:
     """A batch of two for this model."""
     generator = torch.Generator().manual_seed(0)
     config: Any = model.config
+    if model_type.startswith("gemma4") and model_type.endswith("assistant"):
+        return _drafting(config, generator)
+    if model_type == "siglip2":  # takes patches, each with its channels, and says how they lie
+        patches = torch.randn(2, 16, 3 * config.vision_config.patch_size**2, generator=generator)
+        return {"pixel_values": patches, "pixel_attention_mask": torch.ones(2, 16, dtype=torch.long),
+                "spatial_shapes": torch.tensor([[4, 4], [4, 4]])}  # fmt: skip
     takes_pixels = "pixel_values" in inspect.signature(model.forward).parameters
     if mapping == "image-classification" and takes_pixels:
         size = getattr(config, "image_size", None) or getattr(getattr(config, "vision_config", None), "image_size", 64)
@@ -243,3 +259,15 @@ def _inputs(model: nn.Module, model_type: str, mapping: str) -> dict[str, Any]:
     if getattr(config, "is_encoder_decoder", False):
         inputs["decoder_input_ids"] = ids
     return inputs
+
+
+def _drafting(config: Any, generator: torch.Generator) -> dict[str, Any]:
+    """What a drafting model takes from the model it drafts for: embeddings with hidden states, keys and values."""
+    text = config.text_config
+    embeddings = torch.randn(2, 8, 2 * config.backbone_hidden_size, generator=generator)
+    cached = torch.randn(2, text.num_key_value_heads, 8, text.head_dim, generator=generator)
+    return {
+        "inputs_embeds": embeddings,
+        "shared_kv_states": dict.fromkeys(text.layer_types, (cached, cached)),
+        "position_ids": torch.arange(8).expand(2, 8),
+    }

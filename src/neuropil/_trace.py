@@ -97,6 +97,7 @@ class WeightOp:
     groups: int = 1
     to_nonlinear: bool = False
     activation: list[str] = field(default_factory=list)
+    padding: tuple[int, ...] = ()  # by which the module pads its input before a convolution
     late_bias: bool = False  # its bias is added by a step of its own
     weight_node: int = -1  # of a weight that was computed from its parameter (standardised, cast)
 
@@ -124,6 +125,11 @@ class Ref:
 
 
 @dataclass(frozen=True)
+class Unknown:
+    """A constant whose value the probe did not see (on the meta device)."""
+
+
+@dataclass(frozen=True)
 class Parameter:
     name: str
 
@@ -148,6 +154,8 @@ class Trace(TorchDispatchMode):
         self.nodes = 0
         self.op_nodes: list[int] = []
         self.scaled: set[int] = set()
+        self.before: dict[int, Value] = {}
+        self.padded: dict[int, tuple[int, tuple[int, ...]]] = {}
         self.by_node: dict[int, Value] = {}
 
     # -- values
@@ -182,6 +190,8 @@ class Trace(TorchDispatchMode):
     def follow(self, func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
         tensors = [a for a in flat((args, kwargs)) if isinstance(a, Tensor)]
         values = [self.value(t) for t in tensors]
+        # An operation in place gives its first argument a new value: what it read is the value before.
+        self.before = {id(t): v for t, v in zip(tensors, values, strict=True)}
         outs = [o for o in flat(out) if isinstance(o, Tensor)]
         if not outs:
             return
@@ -191,6 +201,8 @@ class Trace(TorchDispatchMode):
         foreign = any(v.foreign for v in values)
         if not live:
             scale = name not in _MATMUL and any(v.scale for v in values)
+            if name == "constant_pad_nd":
+                self.padded[id(outs[0])] = (self.value(args[0]).node, tuple(args[1]))
             origin = self.origin(args[0]) if args and isinstance(args[0], Tensor) else ""
             if name in ("index", "index_select") and origin:
                 foreign = False  # each token's own expert's bias
@@ -206,6 +218,8 @@ class Trace(TorchDispatchMode):
             return
         if name == "cat" and self.join(args, outs[0]):
             return
+        if name == "constant_pad_nd":
+            self.padded[id(outs[0])] = (self.value(args[0]).node, tuple(args[1]))
         if name in _MOVES:
             self.move(func, args, kwargs, out, self.value(args[0]))
         elif name in _SAME:
@@ -252,10 +266,10 @@ class Trace(TorchDispatchMode):
                 name = self.parameter(a)
                 if name is not None:
                     return Parameter(name)
-                value = self.values.get(id(a))
+                value = self.before.get(id(a))
                 if value is not None and value.node >= 0:
                     return Ref(value.node)
-                return a.detach().clone() if a.device.type != "meta" and a.numel() < 65 else None
+                return a.detach().clone() if a.device.type != "meta" and a.numel() < 65 else Unknown()
             if isinstance(a, list | tuple):
                 return type(a)(ref(b) for b in a)
             return a
@@ -299,7 +313,7 @@ class Trace(TorchDispatchMode):
                 break
             index = s.index.amin(dim=tuple(dims), keepdim=keep)
             assert streams is not None
-            streams.append(Stream(s.op, index, s.nonlinear or name != "mean", s.gate, s.bends))
+            streams.append(Stream(s.op, index, s.nonlinear or name not in ("mean", "sum"), s.gate, s.bends))
         for o in outs:
             # A sum over neurons is one number for all of them; a mean over places is still each neuron's own.
             self.mark(
@@ -408,6 +422,9 @@ class Trace(TorchDispatchMode):
         op = WeightOp(
             "conv" if conv else "linear", view, first, self.value(x), module, out.shape[axis], x.dim(), settings, groups
         )
+        before = self.inputs.get(module)
+        if conv and id(x) in self.padded and before is not None and before[0].node == self.padded[id(x)][0]:
+            op.padding = self.padded[id(x)][1]
         if self.parameter(w) is None:
             op.weight_node = self.value(w).node
         self.ops.append(op)

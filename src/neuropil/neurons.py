@@ -305,7 +305,7 @@ def activation(site: Site, inputs: Mapping[str, Tensor], tensor: Callable[[str],
     >>> torch.equal(activation(site, {"up": x}, net.state_dict().__getitem__), net[:2](x))
     True
     """
-    if site.formula is None:
+    if site.formula is None or not site.formula.complete:
         raise NoNeurons(f"site {site.name}: how its activation follows from its projections is not known")
     projections = {}
     for role, weight in site.reads.items():
@@ -321,6 +321,7 @@ def activation(site: Site, inputs: Mapping[str, Tensor], tensor: Callable[[str],
             projections[role] = torch.nn.functional.linear(x, rows, bias)
         else:
             kernel = rows.unflatten(1, tensor(weight.name).shape[1:])
+            x = torch.constant_pad_nd(x, list(site.formula.paddings.get(role, ())))
             projections[role] = torch.convolution(x, kernel, bias, *settings[:6])
     h = site.formula(projections, tensor)
     # Feature maps that are read as tokens: neurons come last there.
