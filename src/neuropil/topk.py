@@ -139,9 +139,7 @@ class InnerProductIndex:
 
     def largest_softmax(self, rows: Float[Tensor, "n d"]) -> Float[Tensor, " n"]:
         """`max_t softmax(<row, key>)_t` of every row, unscaled keys (float32 arithmetic)."""
-        return self._reduce(
-            rows, lambda s, _: (s.amax(1) - s.logsumexp(1)).exp(), torch.zeros(len(rows)), self.keys
-        )
+        return self._reduce(rows, lambda s, _: (s.amax(1) - s.logsumexp(1)).exp(), torch.zeros(len(rows)), self.keys)
 
     def _reduce(
         self,
@@ -186,9 +184,7 @@ class InnerProductIndex:
             limit = torch.where(limit.abs() >= 127, sign * float("inf"), limit)
         scores, tokens = self._rescore(rows, candidates, k, sign)
         # The best score that anything outside the candidates may have.
-        outside = sign * limit.double() * scale.double().squeeze(1) + torch.as_tensor(error).double().reshape(
-            -1
-        )
+        outside = sign * limit.double() * scale.double().squeeze(1) + torch.as_tensor(error).double().reshape(-1)
         failed = (sign * scores[:, -1] < outside).nonzero().flatten()
         fallbacks = 0
         if len(failed):

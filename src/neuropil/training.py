@@ -109,9 +109,7 @@ def fit(
     with _own_randomness(seed):
         wrapped, stepper = fabric.setup(model, optimizer)
         wrapped.train()
-        loop = _Loop(
-            fabric, wrapped, stepper, scheduler, _Order(data, batch_size, seed, fabric), Run(model, optimizer)
-        )
+        loop = _Loop(fabric, wrapped, stepper, scheduler, _Order(data, batch_size, seed, fabric), Run(model, optimizer))
         if checkpoint is not None:
             loop.open(Path(checkpoint), save_every)
         total = steps if steps is not None else (epochs or 0) * loop.order.batches
@@ -152,9 +150,7 @@ class _Order:
         self.batches = share // batch_size if whole else -(-share // batch_size)
         self.batch_size = batch_size
         if self.batches == 0:
-            raise ValueError(
-                f"{self.size} examples make no batch of {batch_size} on each of {self.world} devices"
-            )
+            raise ValueError(f"{self.size} examples make no batch of {batch_size} on each of {self.world} devices")
 
     def identity(self) -> dict[str, int]:
         """What must be the same for a training to be resumed."""
@@ -171,9 +167,7 @@ class _Order:
         order = torch.randperm(self.size, generator=generator) if self.shuffle else torch.arange(self.size)
         own = order[self.rank :: self.world].split(self.batch_size)[position : self.batches]
         # Workers' seeds are drawn from this generator too, so that the global one is the model's alone.
-        loader = DataLoader(
-            self.dataset, batch_sampler=[b.tolist() for b in own], generator=generator, **self.options
-        )
+        loader = DataLoader(self.dataset, batch_sampler=[b.tolist() for b in own], generator=generator, **self.options)
         for batch in loader:
             yield self.fabric.to_device(batch)
 
@@ -327,9 +321,7 @@ def _shown(show: bool, run: Run, total: int) -> Iterator[Callback]:
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     columns = (TextColumn("training"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(
-        *columns, TextColumn("loss {task.fields[loss]:.4g}"), disable=not show, transient=True
-    ) as bar:
+    with Progress(*columns, TextColumn("loss {task.fields[loss]:.4g}"), disable=not show, transient=True) as bar:
         task = bar.add_task("training", total=total, completed=run.step, loss=float("nan"))
 
         def tick(run: Run) -> None:

@@ -80,9 +80,7 @@ def test_tokens_become_running_text(tokens: str, expected: str) -> None:
 
 
 def test_lines_and_tabs_make_paragraphs() -> None:
-    content = (
-        "\n\n\tThe/at jury/nn said/vbd ./.\nIt/pps ended/vbd ./.\n\tA/at second/od ./.\n\n\nThird/od-hl\n"
-    )
+    content = "\n\n\tThe/at jury/nn said/vbd ./.\nIt/pps ended/vbd ./.\n\tA/at second/od ./.\n\n\nThird/od-hl\n"
     assert read_document(content) == "The jury said. It ended.\nA second.\nThird"
 
 

@@ -34,9 +34,7 @@ def test_dot_scores_are_linear(seed: int, a: float, b: float) -> None:
         return torch.zeros(len(rows), 50).scatter(1, found.tokens, found.scores)
 
     both = scores(u)
-    torch.testing.assert_close(
-        scores(a * u[:1] + b * u[1:]), a * both[:1] + b * both[1:], rtol=1e-4, atol=1e-4
-    )
+    torch.testing.assert_close(scores(a * u[:1] + b * u[1:]), a * both[:1] + b * both[1:], rtol=1e-4, atol=1e-4)
 
 
 def test_softmax_sums_to_one_and_temperature_keeps_the_ranking() -> None:
@@ -142,9 +140,7 @@ def test_columns_agree_with_the_plain_computation() -> None:
         for role, cos in cosines.items():
             assert table[f"{role}_token_ids"].to_pylist() == cos.topk(5).indices.tolist()
             assert table[f"{role}_neg_token_ids"].to_pylist() == (-cos).topk(5).indices.tolist()
-            np.testing.assert_allclose(
-                table[f"{role}_scores"].to_pylist(), cos.topk(5).values.detach(), rtol=1e-5
-            )
+            np.testing.assert_allclose(table[f"{role}_scores"].to_pylist(), cos.topk(5).values.detach(), rtol=1e-5)
         everything = torch.stack(list(cosines.values()))  # [3, width, V]
         strongest = everything.abs().amax((0, 2))
         token = torch.tensor(table["label_token"].to_pylist())
@@ -215,9 +211,7 @@ def test_tied_and_untied_heads_answer_alike() -> None:
 
 def test_conv1d_and_linear_weights_give_the_same_rows() -> None:
     torch.manual_seed(0)
-    net = GPT2LMHeadModel(
-        GPT2Config(n_embd=32, n_layer=1, n_head=2, vocab_size=VOCABULARY, n_positions=16)
-    ).eval()
+    net = GPT2LMHeadModel(GPT2Config(n_embd=32, n_layer=1, n_head=2, vocab_size=VOCABULARY, n_positions=16)).eval()
     model = load(net, tokenizer=words())
     decoder = Decoder(model)
     [site] = model.sites
@@ -285,9 +279,7 @@ def test_models_of_other_shapes_are_not_compared() -> None:
         (1342, "water", (0.65, 0.43, -0.51)),
     ],
 )
-def test_known_neurons_of_smollm2(
-    smollm2_layer: pa.Table, index: int, label: str, triple: tuple[float, ...]
-) -> None:
+def test_known_neurons_of_smollm2(smollm2_layer: pa.Table, index: int, label: str, triple: tuple[float, ...]) -> None:
     row = smollm2_layer.slice(index, 1).to_pylist()[0]
     assert row["label"] == label
     assert row["specialised"]

@@ -94,13 +94,9 @@ def _content(name: str) -> bytes:
     try:
         content = gzip.decompress(path.read_bytes())
     except (OSError, EOFError) as error:
-        raise ModelError(
-            f"{path} is no readable gzip file ({error}); delete it and fetch it again"
-        ) from error
+        raise ModelError(f"{path} is no readable gzip file ({error}); delete it and fetch it again") from error
     if hashlib.sha256(content).hexdigest() != FILES[name]:
-        raise ModelError(
-            f"{path} is not the file of Fashion-MNIST it is named after; delete it and fetch it again"
-        )
+        raise ModelError(f"{path} is not the file of Fashion-MNIST it is named after; delete it and fetch it again")
     return content
 
 

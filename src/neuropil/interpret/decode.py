@@ -110,9 +110,7 @@ class Decoder:
         self._dim = weight.shape[1]
         self.sites = [s for s in model.sites if self.roles(s)]
         if not self.sites:
-            raise NoNeurons(
-                f"no MLP of {model.name} reads or writes the {self._dim} dimensions of its output head"
-            )
+            raise NoNeurons(f"no MLP of {model.name} reads or writes the {self._dim} dimensions of its output head")
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -147,9 +145,7 @@ class Decoder:
     @cached_property
     def null(self) -> Float[np.ndarray, " n"]:
         """Largest |cosine| to any token of random Gaussian directions, sorted (fixed seed)."""
-        rows = torch.randn(
-            NULL_ROWS, self.cosines.keys.shape[1], generator=torch.Generator().manual_seed(2501)
-        )
+        rows = torch.randn(NULL_ROWS, self.cosines.keys.shape[1], generator=torch.Generator().manual_seed(2501))
         found = self.cosines.search(rows / rows.norm(dim=1, keepdim=True), 1, both=True)
         assert found.negative_scores is not None
         return torch.maximum(found.scores[:, 0], -found.negative_scores[:, 0]).sort().values.numpy()
@@ -252,9 +248,7 @@ class Decoder:
         role = np.abs(peaks).argmax(0)
         sign = np.where(signed >= 0, 1, -1).astype(np.int8)
         pick = torch.from_numpy(role * 2 + (sign < 0))
-        lists = torch.stack(
-            [t for r in roles for t in (best[r].tokens, best[r].negative_tokens) if t is not None]
-        )
+        lists = torch.stack([t for r in roles for t in (best[r].tokens, best[r].negative_tokens) if t is not None])
         listed = lists[pick, torch.arange(len(pick))]
         token = listed[:, 0]
         same = self.concepts.group[listed] == self.concepts.group[token][:, None]
@@ -262,9 +256,7 @@ class Decoder:
         hub_tokens = np.stack([np.asarray(columns[f"{r}_hub_tokens"]) for r in roles])
         hub = np.take_along_axis(hub_tokens, role[None], 0)[0] > HUB_SHARE * len(self.cosines)
         triple = {
-            f"cos_{r}": self._cosine(weights[r], token)
-            if r in weights
-            else pa.nulls(len(token), pa.float32())
+            f"cos_{r}": self._cosine(weights[r], token) if r in weights else pa.nulls(len(token), pa.float32())
             for r in ROLES
             if r in self.which
         }
@@ -307,18 +299,14 @@ class Decoder:
         return {f"{prefix}_{n}": pa.ListArray.from_arrays(offsets, v) for n, v in values.items()}
 
 
-def decode(
-    model: Model, *, layers: Iterable[int] | None = None, progress: bool = True, **settings: Any
-) -> pa.Table:
+def decode(model: Model, *, layers: Iterable[int] | None = None, progress: bool = True, **settings: Any) -> pa.Table:
     """Decode every neuron of a model (or of some layers): a row a neuron. Settings are `Decoder`'s."""
     decoder = Decoder(model, **settings)
     wanted = None if layers is None else set(layers)
     sites = [s for s in decoder.sites if wanted is None or s.layer in wanted]
     if not sites:
         known = sorted({s.layer for s in decoder.sites})
-        raise IndexError(
-            f"no layer of {sorted(wanted or ())} is there; this model has {known[0]} to {known[-1]}"
-        )
+        raise IndexError(f"no layer of {sorted(wanted or ())} is there; this model has {known[0]} to {known[-1]}")
     tables = []
     for site in track(sites, "decoding", disable=not progress):
         place = {

@@ -80,9 +80,7 @@ def as_score(found: TopK, rows: Tensor, index: InnerProductIndex, score: str, te
     return Decoded(positive, found.tokens, turn(found.negative_scores), found.negative_tokens)
 
 
-def moments(
-    rows: Float[Tensor, "n d"], keys: Float[Tensor, "V d"]
-) -> tuple[Float[Tensor, " n"], Float[Tensor, " n"]]:
+def moments(rows: Float[Tensor, "n d"], keys: Float[Tensor, "V d"]) -> tuple[Float[Tensor, " n"], Float[Tensor, " n"]]:
     """Mean and standard deviation of each row's scores over all keys, without forming them.
 
     mean = <u, mean(W)> and var = u^T Cov(W) u: a d x d matrix serves every row.
