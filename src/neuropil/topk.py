@@ -9,7 +9,8 @@ arithmetic finds up to ties, at about the price of one low-precision matrix prod
    $$E(u) = \lVert u - \hat u\rVert \max_t \lVert w_t\rVert
             + \lVert \hat u\rVert \max_t \lVert w_t - \hat w_t\rVert
             + \gamma_d \lVert \hat u\rVert \max_t \lVert\hat w_t\rVert + r,$$
-   where $\gamma_d$ bounds float32 accumulation and $r$ the rounding of the output.
+   where $\gamma_d$ bounds float32 accumulation and $r$ the rounding of the output. Rounding is monotone, so only
+   the score at the edge of the candidates needs an $r$.
 2. *Re-score.* The $c > k$ best of the screen are computed again in float64.
 3. *Certify.* If the $k$-th re-scored value is at least $\hat s_{(c+1)} + E(u)$, no token outside the
    candidates can be among the best $k$. Rows that fail are tried with more candidates, and in the
@@ -29,6 +30,7 @@ of rows, and the block shrinks as the vocabulary grows (`memory`, in bytes).
 
 from __future__ import annotations
 
+import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator
@@ -40,8 +42,8 @@ from torch import Tensor
 
 from neuropil.errors import ModelError
 
-BLOCK = 32  # tokens whose screened scores share one maximum
-RESCORE_BYTES = 8 * 2**20  # candidates gathered at a time: stays in the cache
+BLOCK = 16  # tokens whose screened scores share one maximum
+RESCORE_BYTES = 2**20  # candidates gathered at a time: stays in the cache
 
 
 @dataclass(frozen=True)
@@ -60,10 +62,12 @@ class _Screen:
     """A low-precision product and what it may be wrong by."""
 
     name: str
-    product: Callable[[Tensor], tuple[Tensor, Tensor, Tensor | float]]
-    # rows -> (raw scores [r, V], row scale [r, 1] to real scores, error bound in real scores [r, 1])
+    product: Callable[[Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]
+    # rows, room for [r, V] raw scores
+    #     -> (raw scores [r, V], row scale [r, 1] to real scores, error bound in real scores [r, 1])
     candidates: Callable[[int], int]
-    itemsize: int
+    dtype: torch.dtype
+    rounding: float = 0.0  # raw scores are rounded by at most this part of themselves, beside the error bound
 
 
 class InnerProductIndex:
@@ -98,6 +102,7 @@ class InnerProductIndex:
         self.memory = memory
         self._scaled = self.keys if self.scale is None else (self.keys.double() * self.scale[:, None]).float()
         self._screen: _Screen | None = None if screen == "auto" else SCREENS[screen](self._scaled)
+        self._rooms = _Rooms()
 
     def __len__(self) -> int:
         return len(self.keys)
@@ -158,7 +163,7 @@ class InnerProductIndex:
 
     def _blocks(self, rows: Tensor) -> Iterator[Tensor]:
         assert self._screen is not None or not len(rows)
-        itemsize = self._screen.itemsize if self._screen else 4
+        itemsize = self._screen.dtype.itemsize if self._screen else 4
         step = max(1, min(1536, self.memory // (itemsize * len(self))))
         return iter(rows.split(step)) if len(rows) else iter(())
 
@@ -168,7 +173,9 @@ class InnerProductIndex:
 
     def _block(self, rows: Tensor, k: int, both: bool) -> TopK:
         assert self._screen is not None
-        raw, scale, error = self._screen.product(rows)
+        raw, scale, error = self._screen.product(
+            rows, self._rooms.get("raw", (len(rows), len(self)), self._screen.dtype)
+        )
         count = min(self._screen.candidates(k), len(self))
         up = self._side(rows, raw, scale, error, k, count, 1)
         if not both:
@@ -177,21 +184,22 @@ class InnerProductIndex:
         return TopK(*up[:2], *down[:2], up[2] + down[2])
 
     def _side(
-        self, rows: Tensor, raw: Tensor, scale: Tensor, error: Tensor | float, k: int, count: int, sign: int
+        self, rows: Tensor, raw: Tensor, scale: Tensor, error: Tensor, k: int, count: int, sign: int
     ) -> tuple[Tensor, Tensor, int]:
+        assert self._screen is not None
         limit, candidates = screened_best(raw, count, sign)
         if raw.dtype == torch.int8:  # a saturated score may stand for any larger one
             limit = torch.where(limit.abs() >= 127, sign * float("inf"), limit)
         scores, tokens = self._rescore(rows, candidates, k, sign)
         # The best score that anything outside the candidates may have.
-        outside = sign * limit.double() * scale.double().squeeze(1) + torch.as_tensor(error).double().reshape(-1)
+        edge = (sign * limit + self._screen.rounding * limit.abs()).double()
+        outside = edge * scale.double().squeeze(1) + error.double().squeeze(1)
         failed = (sign * scores[:, -1] < outside).nonzero().flatten()
         fallbacks = 0
         if len(failed):
             more = min(8 * count, len(self))
             if count < 1024 and more < len(self) // 4:
-                error = error if isinstance(error, float) else error[failed]
-                again = self._side(rows[failed], raw[failed], scale[failed], error, k, more, sign)
+                again = self._side(rows[failed], raw[failed], scale[failed], error[failed], k, more, sign)
             else:
                 again = (*self._full(rows[failed], k, sign), len(failed))
             scores[failed], tokens[failed], fallbacks = again
@@ -199,12 +207,16 @@ class InnerProductIndex:
 
     def _rescore(self, rows: Tensor, candidates: Tensor, k: int, sign: int) -> tuple[Tensor, Tensor]:
         """Candidates in float64, best `k` of them, in order."""
-        step = max(1, RESCORE_BYTES // (4 * candidates.shape[1] * rows.shape[1]))
+        width, d = candidates.shape[1], rows.shape[1]
+        step = max(1, RESCORE_BYTES // (8 * width * d))
+        near, exact = (self._rooms.get("near", (step * width, d), t) for t in (torch.float32, torch.float64))
         scores = torch.empty(candidates.shape, dtype=torch.float64)
         for start in range(0, len(rows), step):
-            some = candidates[start : start + step]
-            near = self.keys[some.flatten()].view(*some.shape, -1).double()
-            scores[start : start + step] = (near @ rows[start : start + step, :, None].double()).squeeze(-1)
+            some = candidates[start : start + step].flatten()
+            torch.index_select(self.keys, 0, some, out=near[: len(some)])
+            close = exact[: len(some)].copy_(near[: len(some)]).unflatten(0, (-1, width))
+            own = rows[start : start + step, :, None].double()
+            torch.bmm(close, own, out=scores[start : start + step].unsqueeze(-1))
         if self.scale is not None:
             scores *= self.scale[candidates]
         best, order = (sign * scores).topk(k, dim=1)
@@ -233,7 +245,7 @@ class InnerProductIndex:
             if len(names) == 1:
                 break
             self._block(rows[:8], k, both=True)  # warm-up: packing, thread pools
-            timed.append((_seconds(lambda: self._block(rows, k, both=True)), self._screen))
+            timed.append((min(_seconds(lambda: self._block(rows, k, both=True)) for _ in range(2)), self._screen))
         return min(timed, key=lambda t: t[0])[1] if timed else SCREENS["float32"](self._scaled)
 
 
@@ -255,8 +267,9 @@ def promising(keys: Tensor, rows: Tensor) -> list[str]:
 def _trial(name: str, keys: Tensor, rows: Tensor) -> float:
     try:
         screen = SCREENS[name](keys)
-        screen.product(rows)
-        return min(_seconds(lambda: screen.product(rows)) for _ in range(2))
+        room = torch.empty(len(rows), len(keys), dtype=screen.dtype)
+        screen.product(rows, room)
+        return min(_seconds(lambda: screen.product(rows, room)) for _ in range(2))
     except (RuntimeError, NotImplementedError):  # this CPU, or this torch, has not got it
         return float("inf")
 
@@ -265,6 +278,21 @@ def _seconds(work: Callable[[], object]) -> float:
     start = time.perf_counter()
     work()
     return time.perf_counter() - start
+
+
+class _Rooms(threading.local):
+    """Memory that is used again: fresh pages cost as much as the product that fills them. One set a thread."""
+
+    def __init__(self) -> None:
+        self._held: dict[tuple[str, torch.dtype], Tensor] = {}
+
+    def get(self, name: str, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
+        """A matrix of this shape, its contents whatever was last there."""
+        size = shape[0] * shape[1]
+        held = self._held.get((name, dtype))
+        if held is None or held.numel() < size:
+            held = self._held[name, dtype] = torch.empty(size, dtype=dtype)
+        return held[:size].view(shape)
 
 
 def screened_best(raw: Tensor, count: int, sign: int) -> tuple[Tensor, Tensor]:
@@ -307,31 +335,27 @@ def _float32(keys: Tensor) -> _Screen:
     # Keys may have been rounded once to float32 after scaling: one more unit roundoff.
     bound = (_gamma(keys.shape[1]) + 2.0**-23) * _longest(keys)
 
-    def product(rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def product(rows: Tensor, room: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         error = bound * rows.double().norm(dim=1, keepdim=True)
-        return rows @ keys.T, torch.ones(len(rows), 1), error
+        return torch.mm(rows, keys.T, out=room), torch.ones(len(rows), 1), error
 
-    return _Screen("float32", product, lambda k: k + 4, 4)
+    return _Screen("float32", product, lambda k: k + 4, torch.float32)
 
 
 def _bfloat16(keys: Tensor) -> _Screen:
     small = keys.bfloat16()
     longest, lost = _longest(keys), _longest(keys - small.float())
 
-    def product(rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def product(rows: Tensor, room: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         low = rows.bfloat16()
-        norm, off = (
-            rows.double().norm(dim=1, keepdim=True),
-            (rows - low.float()).double().norm(dim=1, keepdim=True),
-        )
-        raw = low @ small.T
-        # The output is rounded to bfloat16 (2^-9 of itself); its largest entry bounds them all.
-        rounding = 2.0**-8 * raw.abs().amax(1, keepdim=True).double()
+        norm = rows.double().norm(dim=1, keepdim=True)
+        off = (rows - low.float()).double().norm(dim=1, keepdim=True)
         gamma = _gamma(keys.shape[1]) + 2.0**-23
-        error = off * longest + (norm + off) * (lost + gamma * (longest + lost)) + rounding
-        return raw, torch.ones(len(rows), 1), error
+        error = off * longest + (norm + off) * (lost + gamma * (longest + lost))
+        return torch.mm(low, small.T, out=room), torch.ones(len(rows), 1), error
 
-    return _Screen("bfloat16", product, lambda k: 2 * k + 12, 2)
+    # The output is rounded to bfloat16, by at most 2^-9 of itself.
+    return _Screen("bfloat16", product, lambda k: 2 * k + 12, torch.bfloat16, 2.0**-8)
 
 
 def _int8(keys: Tensor) -> _Screen:
@@ -350,7 +374,7 @@ def _int8(keys: Tensor) -> _Screen:
         )
     reach = longest + lost
 
-    def product(rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def product(rows: Tensor, room: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         unit = (rows.abs().amax(1, keepdim=True) / levels).clamp_min(1e-30)
         low = (rows / unit).round().clamp(-levels, levels)
         off = (rows - low * unit).double().norm(dim=1, keepdim=True)
@@ -362,11 +386,11 @@ def _int8(keys: Tensor) -> _Screen:
             warnings.simplefilter("ignore")
             whole_rows = torch.quantize_per_tensor(low, 1.0, levels + 1, torch.quint8)
             raw = torch.ops.quantized.linear(whole_rows, packed, out, 128).int_repr()
-        raw = (raw.to(torch.int16) - 128).to(torch.int8)
+        raw = torch.sub(raw, 128, out=room.view(torch.uint8)).view(torch.int8)  # modulo 256: the two's complement
         error = off * longest + norm * lost + 0.51 * out * unit.double()
         return raw, unit * out, error + norm * reach * 2.0**-20
 
-    return _Screen("int8", product, lambda k: 12 * k + 24, 1)
+    return _Screen("int8", product, lambda k: 12 * k + 24, torch.int8)
 
 
 def _longest(keys: Tensor) -> float:
