@@ -116,7 +116,8 @@ class Formula:
                 if isinstance(a, Ref):
                     return run(a.node, role)
                 if isinstance(a, Parameter):
-                    return own(tensor(self.prefix + a.name), role)
+                    whole = own(tensor(self.prefix + a.name), role)
+                    return whole.reshape(a.shape) if a.shape and role is None else whole
                 if isinstance(a, list | tuple):
                     return type(a)(resolve(b) for b in a)
                 return a
@@ -125,6 +126,9 @@ class Formula:
             if kwargs.get("device") is not None:
                 kwargs["device"] = next((x.device for x in projections.values()), torch.device("cpu"))
             args = resolve(step.args)
+            if step.func is torch.ops.aten.native_group_norm.default:  # takes the sizes of its input as numbers
+                sizes = args[0].shape
+                args = (*args[:3], sizes[0], sizes[1], sizes[2:].numel(), *args[6:])
             shape = args[0].shape if step.rank == 2 and isinstance(args[0], Tensor) else None
             if shape is not None:
                 args = (args[0].flatten(0, -2), *args[1:])

@@ -59,6 +59,9 @@ class Reader:
         sites: list[Site] = []
         for group in readers.values():
             writes = {op.weight.name for op, _ in group}
+            runs = {self.seen.ops.index(roles["up"][0]) for _, roles in group}
+            if len(writes) > 1 and len(runs) > 1:
+                continue  # a router that runs anew for each of its readers has no one activation to see or set
             sites += self.build(group[0][0], group[0][1], alone=len(writes) == 1)
         sites += self.filters(sites)
         return sites

@@ -132,6 +132,7 @@ class Unknown:
 @dataclass(frozen=True)
 class Parameter:
     name: str
+    shape: tuple[int, ...] = ()  # that it was read in, where it is not its own
 
 
 class Trace(TorchDispatchMode):
@@ -265,7 +266,9 @@ class Trace(TorchDispatchMode):
             if isinstance(a, Tensor):
                 name = self.parameter(a)
                 if name is not None:
-                    return Parameter(name)
+                    whole = self.parameters[name]
+                    other = a.shape != whole.shape and a.numel() == whole.numel() and a.is_contiguous()
+                    return Parameter(name, tuple(a.shape) if other else ())
                 value = self.before.get(id(a))
                 if value is not None and value.node >= 0:
                     return Ref(value.node)
