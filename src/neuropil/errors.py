@@ -58,3 +58,7 @@ class MissingExtra(NeuropilError, ImportError):  # noqa: N818
     """An optional dependency that is not installed; the message names the extra."""
 
     exit_code = 10
+
+
+class Extrapolation(UserWarning):  # noqa: N818 - reads as the sentence it is
+    """A law was asked about a place outside the range of the data it was fitted to."""
