@@ -60,5 +60,5 @@ class MissingExtra(NeuropilError, ImportError):  # noqa: N818
     exit_code = 10
 
 
-class Extrapolation(UserWarning):  # noqa: N818 - reads as the sentence it is
+class Extrapolation(UserWarning):
     """A law was asked about a place outside the range of the data it was fitted to."""

@@ -1,5 +1,7 @@
 """Decoding: the sheet's invariants on random weights, the schema of its columns, and the real model."""
 
+from typing import Any
+
 import numpy as np
 import pyarrow as pa
 import pytest
@@ -13,12 +15,24 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from neuropil.errors import ModelError, NoNeurons
 from neuropil.interpret import Decoder, compare, decode, decode_rows
 from neuropil.interpret.concepts import Concepts, stem
-from neuropil.interpret.rows import moments
+from neuropil.interpret.rows import Moments
 from neuropil.models import load
 
 
 def draw(seed: int, *shape: int) -> torch.Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def specimen(seed: int = 0) -> tuple[Any, torch.Tensor, torch.Tensor]:
+    """The best token's cosine of each row, a batch of rows at a time."""
+    generator = torch.Generator().manual_seed(seed)
+    head, rows = torch.randn(300, 16, generator=generator), torch.randn(11, 16, generator=generator)
+
+    def score(model: torch.Tensor, data: torch.Tensor, batch_size: int) -> torch.Tensor:
+        parts = data.split(batch_size)
+        return torch.cat([decode_rows(part, model, score="cosine", top_k=1).scores[:, 0] for part in parts])
+
+    return score, head, rows
 
 
 # --- rows ------------------------------------------------------------------------------------------
@@ -86,7 +100,7 @@ def test_a_constant_added_to_the_head_moves_cosines_but_no_dot_ranking() -> None
 def test_z_scores_are_the_standardised_dot_products() -> None:
     head, rows = draw(0, 400, 20) + 1, draw(1, 5, 20)
     full = (rows @ head.T).double()
-    mean, std = moments(rows, head)
+    mean, std = Moments(head)(rows)
     torch.testing.assert_close(mean, full.mean(1), rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(std, full.std(1, correction=0), rtol=1e-5, atol=1e-5)
     found = decode_rows(rows, head, score="z", top_k=3)

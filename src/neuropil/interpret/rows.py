@@ -64,7 +64,7 @@ def as_score(found: TopK, rows: Tensor, index: InnerProductIndex, score: str, te
     if score == "cosine":
         size = rows.double().norm(dim=1, keepdim=True).clamp_min(1e-300)
     elif score == "z":
-        mean, std = moments(rows, index.keys)
+        mean, std = Moments(index.keys)(rows)
         shift, size = mean[:, None], std[:, None].clamp_min(1e-300)
     elif score == "softmax":
         shift, size = temperature * index.logsumexp(rows / temperature)[:, None].double(), temperature
@@ -80,18 +80,21 @@ def as_score(found: TopK, rows: Tensor, index: InnerProductIndex, score: str, te
     return Decoded(positive, found.tokens, turn(found.negative_scores), found.negative_tokens)
 
 
-def moments(rows: Float[Tensor, "n d"], keys: Float[Tensor, "V d"]) -> tuple[Float[Tensor, " n"], Float[Tensor, " n"]]:
-    """Mean and standard deviation of each row's scores over all keys, without forming them.
+class Moments:
+    """Mean and standard deviation of rows' scores over all keys, without forming the scores.
 
-    mean = <u, mean(W)> and var = u^T Cov(W) u: a d x d matrix serves every row.
+    mean = <u, mean(W)> and var = u^T Cov(W) u: a d x d matrix, made once, serves every row.
     """
-    mean = keys.double().mean(0)
-    covariance = sum(
-        ((t := tile.double() - mean).T @ t for tile in keys.split(8192)),
-        torch.zeros(len(mean), len(mean), dtype=torch.float64),
-    ) / len(keys)
-    u = rows.double()
-    return u @ mean, ((u @ covariance) * u).sum(1).clamp_min(0).sqrt()
+
+    def __init__(self, keys: Float[Tensor, "V d"]) -> None:
+        self.mean = keys.double().mean(0)
+        centred = (tile.double() - self.mean for tile in keys.split(8192))
+        empty = torch.zeros(len(self.mean), len(self.mean), dtype=torch.float64)
+        self.covariance = sum((tile.T @ tile for tile in centred), empty) / len(keys)
+
+    def __call__(self, rows: Float[Tensor, "n d"]) -> tuple[Float[Tensor, " n"], Float[Tensor, " n"]]:
+        u = rows.double()
+        return u @ self.mean, ((u @ self.covariance) * u).sum(1).clamp_min(0).sqrt()
 
 
 def inverse_norms(weight: Float[Tensor, "V d"]) -> Float[Tensor, " V"]:

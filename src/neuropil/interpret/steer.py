@@ -36,9 +36,9 @@ from torch import Tensor
 from neuropil.errors import NeuropilError
 from neuropil.interpret.concepts import Concepts
 from neuropil.interpret.decode import Decoder
-from neuropil.interpret.rows import moments
+from neuropil.interpret.rows import Moments
 from neuropil.models import Model
-from neuropil.neurons import Neuron, clamp
+from neuropil.neurons import Neuron, Site, clamp
 
 RULES = ("triple", "abs_up", "up", "z")
 ROLES = ("up", "gate", "down")
@@ -59,17 +59,19 @@ def token_of(model: Model, word: str) -> int:
     )
 
 
-def cosines(model: Model, tokens: Sequence[int]) -> dict[str, Float[np.ndarray, "neurons tokens"]]:
+def cosines(
+    model: Model, tokens: Sequence[int], layers: Sequence[int] | None = None
+) -> dict[str, Float[np.ndarray, "neurons tokens"]]:
     """Cosine of every neuron's up, gate and down weights with each token's row of the head, in one pass.
 
-    NaN where a site has no such weight. Also "z": the up-projection's cosines, centred and divided by the
-    row's standard deviation over the vocabulary.
+    Of all `layers`, or of some. NaN where a site has no such weight. Also "z": the up-projection's cosines,
+    centred and divided by the row's standard deviation over the vocabulary.
     """
     decoder = Decoder(model, probability=False)
     keys = torch.nn.functional.normalize(decoder.cosines.keys.double(), dim=1)
-    near = keys[list(tokens)]
+    near, over_keys = keys[list(tokens)], Moments(keys)
     found: dict[str, list[Tensor]] = {role: [] for role in (*ROLES, "z")}
-    for site in decoder.sites:
+    for site in _chosen(decoder, layers):
         for role in ROLES:
             rows = decoder.rows(site, role)
             if rows is None:
@@ -78,7 +80,7 @@ def cosines(model: Model, tokens: Sequence[int]) -> dict[str, Float[np.ndarray, 
             unit = torch.nn.functional.normalize(rows.double(), dim=1)
             found[role].append(unit @ near.T)
             if role == "up":
-                mean, std = moments(unit, keys)
+                mean, std = over_keys(unit)
                 found["z"].append((found[role][-1] - mean[:, None]) / std[:, None])
     return {role: torch.cat(parts).float().numpy() for role, parts in found.items() if parts}
 
@@ -111,9 +113,14 @@ def find(model: Model, word: str, *, rule: str = "triple", limit: int = 20) -> p
     return pa.table(columns)
 
 
-def addresses(model: Model) -> list[str]:
+def addresses(model: Model, layers: Sequence[int] | None = None) -> list[str]:
     """Every neuron's short address, in the order of `cosines`."""
-    return [f"{s.number}:{i}" for s in Decoder(model, probability=False).sites for i in range(s.width)]
+    sites = _chosen(Decoder(model, probability=False), layers)
+    return [f"{site.number}:{i}" for site in sites for i in range(site.width)]
+
+
+def _chosen(decoder: Decoder, layers: Sequence[int] | None) -> list[Site]:
+    return [site for site in decoder.sites if layers is None or site.layer in layers]
 
 
 def one_each(clamps: Sequence[Mapping[str, float]]) -> dict[str, Float[Tensor, " rows"]]:

@@ -3,7 +3,8 @@
 On SmolLM2-135M-Instruct, in five steps: (A) how many neurons decode to a token better than random
 directions do, layer by layer; (B) whether the tokens of one neuron belong together, judged by an
 independent sentence model; (C) whether clamping a neuron that a rule picks for a concept moves the
-concept's probability, beside a random neuron of the same layer; (D) the share of neurons that keep
+concept's probability, beside random neurons of the same layers that write vectors as long, and beside a
+neuron picked by its activations instead of its weights; (D) the share of neurons that keep
 their top token after fine-tuning; (E) what a clamped animal neuron does to a chat.
 """
 
@@ -20,7 +21,7 @@ from torch import Tensor
 
 from neuropil.interpret import Decoder, compare, steer
 from neuropil.models import Model, load
-from neuropil.neurons import Site, clamp
+from neuropil.neurons import Site, capture, clamp
 from neuropil.report import Measurement, Report, Row, Scale
 from neuropil.reproduce.harness import Meter, runner
 from neuropil.topk import InnerProductIndex
@@ -34,11 +35,11 @@ RULE = (
     "Four tests. (1) In each of the last two layers more than five times as many up-projections lie above the "
     "99th percentile of random directions as chance allows (2 %), and fewer than twice chance do so when the "
     "dimensions of every row are shuffled. (2) The tokens of the most specialised neurons are told from those "
-    "of random rows by an independent sentence model with an AUC above 0.7. (3) On prompts about the concept, "
-    "neurons picked by the triple rule gain more log-probability than random neurons of the same layers, by "
-    "more than twice the standard error over concepts, in every seed. (4) More than 75 % of up-projections "
-    "keep their top token after fine-tuning. Holds if all four pass, does not hold if (1) or (3) fails, else "
-    "partly."
+    "of random rows by an independent sentence model with an AUC above 0.7. (3) Over five neutral prompts and "
+    "five about the concept, neurons picked by the triple rule gain more log-probability than random neurons of "
+    "the same layers that write vectors of the same length, by more than twice the standard error over concepts, "
+    "in every seed. (4) More than 75 % of up-projections keep their top token after fine-tuning. Holds if all "
+    "four pass, does not hold if (1) or (3) fails, else partly."
 )
 PAPER_SAYS = (
     "Llama 3.1 8B: neurons for single concepts ('dog', 'California') exist; clamping them moves the probability "
@@ -51,17 +52,26 @@ DEVIATIONS = (
     "no base checkpoint can be had offline: instead of base against Instruct, the Instruct model is compared with "
     "itself after a short fine-tuning of all parameters on English prose, far less training than the paper's",
     "clamp values are ours (+30 and -30): the paper's are not known",
-    "as controls: shuffled weights, random neurons of the same layers, and the sign of cos_up instead of cos_down",
+    "as controls: shuffled weights, random neurons, the sign of cos_up instead of cos_down, and the neuron whose "
+    "activation stands out most on the very prompts about the concept",
 )
-SEEDS: dict[Scale, tuple[int, ...]] = {"smoke": (0,), "default": (0, 1, 2), "paper": (0, 1, 2, 3, 4)}
+NOTES = (
+    "an earlier form of test (3), on two prompts that name the concept and no neutral ones, was run first (seeds 0, "
+    "1, 2) and failed: after such a prompt the concept is nearly certain and has no room to gain, as the rows of the "
+    "prompts about the concept show. The present form, with both sorts of prompts, was then fixed, and run once, on "
+    "other seeds and with more prompts",
+)
+SEEDS: dict[Scale, tuple[int, ...]] = {"smoke": (0,), "default": (3, 4, 5), "paper": (3, 4, 5, 6, 7)}
 SETTINGS: dict[Scale, dict[str, Any]] = {
-    "smoke": {"layers": (0, 29), "null": 300, "neurons": 40, "concepts": 6, "steps": 1, "tokens": 8},
-    "default": {"layers": None, "null": 2000, "neurons": 200, "concepts": 34, "steps": 15, "tokens": 24},
+    "smoke": {"layers": (0, 28, 29), "null": 300, "neurons": 40, "concepts": 6, "steps": 1, "tokens": 8},
+    "default": {"layers": None, "null": 2000, "neurons": 200, "concepts": 30, "steps": 15, "tokens": 24},
     "paper": {"layers": None, "null": 2000, "neurons": 200, "concepts": 100, "steps": 200, "tokens": 60},
 }
 
 VALUE = 30.0
-RANDOM = "random neuron"
+NEUTRALLY, ON_TOPIC, ALL = "neutral prompts", "prompts about the concept", "all prompts"
+RANDOM, ACTIVE = "random neuron", "activations, no weights"
+NEAR = 32  # neurons of the layer with the nearest length of the writing vector, from which the random one is drawn
 # A hundred common nouns, fixed before anything was run; each is one token with a leading space.
 CONCEPTS = """
 dog cat horse bird fish cow bear snake tree flower grass leaf apple bread milk cheese meat rice coffee tea
@@ -76,10 +86,14 @@ NEUTRAL = (
     "I was thinking about the",
     "Yesterday they talked about the",
     "My friend likes the",
+    "In the end it was about the",
 )
 ABOUT = (
     "We talked about the {0} for hours. Everyone asked about the",
     "A {0} is a {0}. I have always liked the",
+    "He wrote a letter about the {0}. At the end he thanked her for the",
+    "There was a {0} in the picture. We could not take our eyes off the",
+    "Nothing here is worth as much as the {0}, and so they asked for the",
 )
 ANIMAL_NEURON = "29:808"  # reads, gates and writes dog, cat and pet
 QUESTION = "What is your favourite animal?"
@@ -210,30 +224,58 @@ RULES = {"triple rule": "triple", "|cos_up|": "abs_up", "cos_up": "up", "z witho
 
 
 @lru_cache(maxsize=1)
-def _triples(model: Model) -> dict[str, np.ndarray]:
-    return steer.cosines(model, [steer.token_of(model, word) for word in CONCEPTS])
+def _triples(model: Model, layers: tuple[int, ...] | None) -> dict[str, np.ndarray]:
+    return steer.cosines(model, [steer.token_of(model, word) for word in CONCEPTS], layers)
 
 
 def causality(model: Model, settings: dict[str, Any], generator: torch.Generator) -> list[Measurement]:
     """Change of log p(concept) when the picked neuron is clamped for more of it, and for less."""
-    triples, names = _triples(model), steer.addresses(model)
-    hubs = torch.cat([_hubs(_ends(model, s.number, "up")) for s in model.sites]).numpy()
+    layers = settings["layers"]
+    triples, names = _triples(model, layers), steer.addresses(model, layers)
+    hubs = torch.cat([_hubs(_ends(model, s.number, "up")) for s in sites(model, layers)]).numpy()
     words = torch.randperm(len(CONCEPTS), generator=generator)[: settings["concepts"]].tolist()
     tokens = [steer.token_of(model, CONCEPTS[w]) for w in words]
     picks = {name: steer.score(triples, rule, hubs)[:, words].argmax(0) for name, rule in RULES.items()}
-    width = model.sites[0].width
-    shift = torch.randint(1, width, (len(words),), generator=generator).numpy()
-    # The control: another neuron of the layer in which the triple rule found its own.
-    picks[RANDOM] = picks["triple rule"] // width * width + (picks["triple rule"] + shift) % width
+    picks[RANDOM] = _matched(sites(model, layers), model, picks["triple rule"], generator)
+    picks[ACTIVE] = np.abs(_standing_out(model, layers)[:, words]).argmax(0)
     signs = {name: np.sign(triples["down"][pick, words]) for name, pick in picks.items()}
     picks["|cos_up|, sign of cos_up"] = picks["|cos_up|"]
     signs["|cos_up|, sign of cos_up"] = np.sign(triples["up"][picks["|cos_up|"], words])
     gains: dict[tuple[str, str], list[np.ndarray]] = {}
-    for topic, prompts in (("neutral", NEUTRAL), ("about", ABOUT)):
+    for topic, prompts in ((NEUTRALLY, NEUTRAL), (ON_TOPIC, ABOUT)):
         for prompt in prompts:
             for name, change in _changes(model, prompt, words, tokens, picks, signs, names).items():
                 gains.setdefault((name, topic), []).append(change)
+                gains.setdefault((name, ALL), []).append(change)
     return [entry for key, changes in gains.items() for entry in _gain_rows(*key, np.stack(changes))]
+
+
+def _matched(chosen: Sequence[Site], model: Model, places: np.ndarray, generator: torch.Generator) -> np.ndarray:
+    """For each neuron, by its place in the sites, a random one of its layer with about the same |W_down|."""
+    norms = torch.cat([model.rows(s, "down").norm(dim=1) for s in chosen]).numpy()
+    width, out = chosen[0].width, []
+    for place in places:
+        layer = place // width * width
+        apart = np.abs(norms[layer : layer + width] - norms[place])
+        near = np.argsort(apart, kind="stable")[1 : NEAR + 1]
+        out.append(layer + near[int(torch.randint(len(near), (1,), generator=generator))])
+    return np.array(out)
+
+
+@lru_cache(maxsize=1)
+def _standing_out(model: Model, layers: tuple[int, ...] | None) -> np.ndarray:
+    """How far each neuron's activation on prompts about a concept stands out among the concepts, `[neurons, words]`.
+
+    At the last token, in standard deviations over the concepts, the mean over the prompts.
+    """
+    chosen, marks = sites(model, layers), []
+    for prompt in ABOUT:
+        texts = [prompt.format(word) for word in CONCEPTS]  # one token a concept, so all are of one length
+        with torch.no_grad(), capture(model.module(), chosen) as seen:
+            model.module()(**model.tokenizer(texts, return_tensors="pt"), use_cache=False)
+        h = torch.cat([seen[s.name][:, -1] for s in chosen], 1).T
+        marks.append((h - h.mean(1, keepdim=True)) / h.std(1, keepdim=True).clamp_min(1e-6))
+    return torch.stack(marks).mean(0).numpy()
 
 
 def _changes(
@@ -268,14 +310,13 @@ def _changes(
 
 def _gain_rows(name: str, topic: str, changes: np.ndarray) -> list[Measurement]:
     mean = changes.mean(0)  # over prompts: [concepts, 3]
-    where = "neutral prompts" if topic == "neutral" else "prompts about the concept"
     error = mean[:, 0].std(ddof=1) / np.sqrt(len(mean))
-    base = name == RANDOM or "sign of" in name
+    base = name in (RANDOM, ACTIVE) or "sign of" in name
     return [
-        Measurement(name, f"change of log p, clamped for more, {where}", float(mean[:, 0].mean()), "nats", True, base),
-        Measurement(name, f"standard error over concepts, {where}", float(error), "nats", None, base),
-        Measurement(name, f"change of log p, clamped for less, {where}", float(mean[:, 1].mean()), "nats", False, base),
-        Measurement(name, f"KL of all other tokens, {where}", float(mean[:, 2].mean()), "nats", False, base),
+        Measurement(name, f"change of log p, clamped for more, {topic}", float(mean[:, 0].mean()), "nats", True, base),
+        Measurement(name, f"standard error over concepts, {topic}", float(error), "nats", None, base),
+        Measurement(name, f"change of log p, clamped for less, {topic}", float(mean[:, 1].mean()), "nats", False, base),
+        Measurement(name, f"KL of all other tokens, {topic}", float(mean[:, 2].mean()), "nats", False, base),
     ]
 
 
@@ -363,9 +404,8 @@ def verdict(rows: Sequence[Row]) -> str:
     shuffled = table["up, last layer, dimensions shuffled", above].mean
     beyond = all(table[f"up, layer {n}", above].mean > 10 for n in layers[-2:] if n > 0) and shuffled < 4
     coherent = table["against random rows", "AUC of token coherence"].mean > 0.7
-    where = "prompts about the concept"
-    gain = [table[n, f"change of log p, clamped for more, {where}"].values for n in ("triple rule", RANDOM)]
-    error = [table[n, f"standard error over concepts, {where}"].values for n in ("triple rule", RANDOM)]
+    gain = [table[n, f"change of log p, clamped for more, {ALL}"].values for n in ("triple rule", RANDOM)]
+    error = [table[n, f"standard error over concepts, {ALL}"].values for n in ("triple rule", RANDOM)]
     causal = all(a - b > 2 * float(np.hypot(ea, eb)) for a, b, ea, eb in zip(*gain, *error, strict=True))
     stable = table["after fine-tuning", "up-projections with the same top token"].mean > 75
     if not beyond or not causal:
@@ -375,8 +415,8 @@ def verdict(rows: Sequence[Row]) -> str:
 
 def figure(report: Report) -> Figure:
     """Left: neurons above chance by layer. Middle: what clamping does. Right: the chat."""
-    out = Figure(figsize=(13, 4), layout="constrained")
-    left, middle, right = out.subplots(1, 3, width_ratios=(1.1, 1.2, 0.8))
+    out = Figure(figsize=(14, 4), layout="constrained")
+    left, middle, right = out.subplots(1, 3, width_ratios=(1.0, 1.2, 0.7))
     above = "rows above the null's 99th percentile"
     for role, colour in (("up", "#0b6e99"), ("gate", "#d9822b"), ("down", "#5b8c3e")):
         points = [(int(r.name.rsplit(" ", 1)[1]), r) for r in report.rows if r.name.startswith(f"{role}, layer")]
@@ -385,24 +425,22 @@ def figure(report: Report) -> Figure:
     left.axhline(2, color="#8a8f98", linestyle="--", linewidth=1, label="chance")
     left.set(xlabel="layer", ylabel=f"{above} (%)", title="Neurons that decode better than chance")
     left.legend(frameon=False)
-    names = [*RULES, "|cos_up|, sign of cos_up", RANDOM]
-    for offset, where, colour in (
-        (0.18, "prompts about the concept", "#0b6e99"),
-        (-0.18, "neutral prompts", "#9cc7d8"),
-    ):
-        rows = [report.row(n, f"change of log p, clamped for more, {where}") for n in names]
+    names = [*RULES, "|cos_up|, sign of cos_up", ACTIVE, RANDOM]
+    for offset, way, colour in ((0.18, "more", "#0b6e99"), (-0.18, "less", "#d9822b")):
+        rows = [report.row(n, f"change of log p, clamped for {way}, {ALL}") for n in names]
         heights = np.arange(len(names))[::-1] + offset
-        middle.barh(heights, [r.mean for r in rows], 0.34, color=colour, label=where)
+        middle.barh(heights, [r.mean for r in rows], 0.34, color=colour, label=f"clamped for {way}")
         middle.errorbar([r.mean for r in rows], heights, xerr=[r.spread or 0 for r in rows], fmt="none", color="#333")
     middle.set_yticks(np.arange(len(names))[::-1], names)
     middle.axvline(0, color="#333", linewidth=0.8)
-    middle.set(xlabel="change of log p(concept), nats", title=f"Clamped for more of the concept (±{VALUE:g})")
-    middle.legend(frameon=False, fontsize="small", loc="lower right")
+    middle.set(xlabel=f"change of log p(concept), nats, {ALL}", title=f"What a clamp to ±{VALUE:g} does")
+    middle.legend(frameon=False, fontsize="small", loc="upper left", bbox_to_anchor=(0, 0.62))
     rows = [r for r in report.rows if r.metric == "dog and cat words in a chat answer"]
     colours = ["#8a8f98" if r.baseline else "#0b6e99" for r in rows]
-    right.bar(range(len(rows)), [r.mean for r in rows], color=colours)
-    right.set_xticks(range(len(rows)), [r.name for r in rows], rotation=30, ha="right", fontsize="small")
-    right.set(ylabel="dog and cat words", title="“What is your favourite animal?”")
+    right.barh(range(len(rows)), [r.mean for r in rows], color=colours)
+    right.set_yticks(range(len(rows)), [r.name for r in rows])
+    right.invert_yaxis()
+    right.set(xlabel="dog and cat words", title="“What is your favourite animal?”")
     for panel in (left, middle, right):
         panel.spines[["top", "right"]].set_visible(False)
     out.suptitle(f"neuron-decoding on SmolLM2-135M: {report.verdict}", fontsize="medium")
