@@ -49,7 +49,9 @@ def figure(layers: list[dict[str, object]], bands: list[dict[str, object]]) -> F
         panel.bar(x, up, color="#0b6e99", label="promotes its label")
         panel.bar(x, down, bottom=up, color="#d9822b", label="suppresses its label")
         panel.plot(x, [r["shuffled"] for r in rows], "k_", markersize=8, label="with a shuffled label")
-        panel.set_xticks(x, [r["name"] for r in rows], fontsize="small", rotation=0 if panel is left else 20)
+        step = 5 if panel is left and len(rows) > 15 else 1
+        names = [r["name"] for r in rows[::step]]
+        panel.set_xticks(x[::step], names, fontsize="small", rotation=0 if panel is left else 20)
         panel.set_xlabel(label)
         panel.spines[["top", "right"]].set_visible(False)
     left.set_ylabel("neurons (%)")
@@ -86,6 +88,9 @@ confirmed when they are given the label of another neuron of their layer: the ra
 {table(whole + special, "")}
 
 ![Share of confirmed labels by layer and by specialisation](images/causal.png)
+
+"No effect" does not say that a neuron does nothing: far below the head its effect on its own label is small beside
+the spread of its effects on other tokens, since it acts through the neurons above it.
 
 Of the confirmed neurons, {agree:.1f} % move their label in the direction in which their down-projection points.
 
