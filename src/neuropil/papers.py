@@ -26,7 +26,7 @@ from dataclasses import dataclass
 from functools import cache
 from importlib import resources
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -61,7 +61,8 @@ class Paper:
     """One paper and the method made from it.
 
     `claim` is the paper's central claim in one sentence, as the paper makes it; whether it held here is in
-    `status` and, in full, in `neuropil.report`.
+    `status` and, in full, in `neuropil.report`. `works_on` says which models or data the method takes, `columns`
+    which columns it can give an atlas.
     """
 
     slug: str
@@ -76,6 +77,8 @@ class Paper:
     arxiv: str | None = None
     doi: str | None = None
     venue: str | None = None
+    works_on: str = ""
+    columns: tuple[str, ...] = ()
 
     @property
     def address(self) -> str:
@@ -129,7 +132,11 @@ def catalog() -> tuple[Paper, ...]:
     """
     text = (resources.files("neuropil") / "papers.toml").read_text(encoding="utf-8")
     entries = tomllib.loads(text)["paper"]
-    return tuple(Paper(**{**entry, "authors": tuple(entry["authors"])}) for entry in entries)
+    return tuple(Paper(**_fields(entry)) for entry in entries)
+
+
+def _fields(entry: dict[str, Any]) -> dict[str, Any]:
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in entry.items()}
 
 
 def paper(slug: str) -> Paper:

@@ -43,13 +43,13 @@ __all__ = [
     "runner",
 ]
 
-# Modules of this package that are not reproductions.
+# Modules of this package that are not reproductions; nor are those whose name begins with an underscore.
 _MACHINERY = {"harness", "figures"}
 
 
 def available() -> list[str]:
     """Slugs of the papers whose claim can be re-run, sorted."""
-    names = {entry.name for entry in pkgutil.iter_modules(__path__)} - _MACHINERY
+    names = {entry.name for entry in pkgutil.iter_modules(__path__) if entry.name[0] != "_"} - _MACHINERY
     return sorted(name.replace("_", "-") for name in names)
 
 

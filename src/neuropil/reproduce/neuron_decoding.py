@@ -247,7 +247,8 @@ def causality(model: Model, settings: dict[str, Any], generator: torch.Generator
             for name, change in _changes(model, prompt, words, tokens, picks, signs, names).items():
                 gains.setdefault((name, topic), []).append(change)
                 gains.setdefault((name, ALL), []).append(change)
-    return [entry for key, changes in gains.items() for entry in _gain_rows(*key, np.stack(changes))]
+    order = sorted(gains, key=lambda key: (ALL, NEUTRALLY, ON_TOPIC).index(key[1]))  # the headline comes first
+    return [entry for key in order for entry in _gain_rows(*key, np.stack(gains[key]))]
 
 
 def _matched(chosen: Sequence[Site], model: Model, places: np.ndarray, generator: torch.Generator) -> np.ndarray:
