@@ -435,7 +435,7 @@ def figure(report: Report) -> Figure:
     middle.set_yticks(np.arange(len(names))[::-1], names)
     middle.axvline(0, color="#333", linewidth=0.8)
     middle.set(xlabel=f"change of log p(concept), nats, {ALL}", title=f"What a clamp to ±{VALUE:g} does")
-    middle.legend(frameon=False, fontsize="small", loc="upper left", bbox_to_anchor=(0, 0.62))
+    middle.legend(frameon=False, fontsize="small", loc="lower left")
     rows = [r for r in report.rows if r.metric == "dog and cat words in a chat answer"]
     colours = ["#8a8f98" if r.baseline else "#0b6e99" for r in rows]
     right.barh(range(len(rows)), [r.mean for r in rows], color=colours)
