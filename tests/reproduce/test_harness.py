@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import neuropil.reproduce as harness
+import neuropil.reproduce.figures  # noqa: F401 - imported before a test takes the package apart
 from neuropil.papers import UnknownPaper
 from neuropil.report import Report, Row
 from neuropil.reproduce import ReproductionError, reproduce
