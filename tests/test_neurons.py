@@ -388,3 +388,12 @@ def test_rows_of_flattened_feature_maps_belong_to_their_filter() -> None:
     rows = site.weight("down").rows(net.state_dict()["7.weight"], 6)
     assert rows.shape == (6, 160)
     assert torch.equal(rows[2].reshape(16, 10), net[7].weight[:, 32:48].T)
+
+
+def test_a_model_in_training_has_the_same_neurons() -> None:
+    net = nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.GELU(), nn.Dropout(0.5), nn.Linear(8, 2)).train()
+    before = {name: value.clone() for name, value in net.state_dict().items()}
+    [site] = find_sites(net)
+    assert (site.width, site.write is not None) == (8, True)
+    assert all(module.training for module in net.modules())
+    assert all(torch.equal(before[name], value) for name, value in net.state_dict().items())

@@ -528,6 +528,9 @@ def trace(module: nn.Module, inputs: dict[str, Any] | tuple[Any, ...], device: s
     tensors = stand_ins(module, device)
     seen = Trace(tensors, adapters, device)
     handles = []
+    learning = [child for child in module.modules() if child.training]
+    for child in learning:
+        child.training = False  # dropout and batch statistics would stand between a neuron and who reads it
     for name, child in module.named_modules():
         handles.append(child.register_forward_pre_hook(lambda _, a, name=name: seen.enter(name, a)))
         handles.append(child.register_forward_hook(lambda _, a, o, name=name: seen.leave(name, o)))
@@ -542,4 +545,6 @@ def trace(module: nn.Module, inputs: dict[str, Any] | tuple[Any, ...], device: s
     finally:
         for handle in handles:
             handle.remove()
+        for child in learning:
+            child.training = True
     return seen
