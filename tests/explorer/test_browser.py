@@ -11,6 +11,7 @@ pytest.importorskip("playwright.sync_api")
 from playwright.sync_api import Page, expect
 
 pytestmark = pytest.mark.browser
+expect.set_options(timeout=30_000)  # a page that is only slow is no failure
 Visit = Callable[..., Page]
 EVERY_PAGE = ["/", "/sql?sql=DESCRIBE+neurons", "/map", "/neuron/0:1", "/playground?clamp=1:3=20"]
 
@@ -337,6 +338,20 @@ def test_every_colouring_is_drawn(visit: Visit) -> None:
     page.locator("#q").fill("dog")
     page.keyboard.press("Enter")
     expect(page.locator("#mapstate")).to_contain_text("ringed", timeout=60_000)
+
+
+def test_the_colouring_chosen_last_is_drawn(visit: Visit) -> None:
+    page = visit("/map?column=verdict")
+    ready(page, "verdict")
+    held: list[Any] = []
+    page.route("**/map/values?column=effect", lambda route: held.append(route))  # an answer that comes late
+    page.select_option("#column", "effect")
+    page.select_option("#column", "specialised")
+    ready(page, "specialised")
+    held[0].continue_()
+    at_rest(page)
+    expect(page.locator("#map")).to_have_attribute("data-column", "specialised")
+    expect(page.locator("#mapstate")).to_be_empty()
 
 
 # ------------------------------------------------------------------------------------------- neuron

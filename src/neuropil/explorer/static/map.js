@@ -352,13 +352,16 @@
   });
 
   // ---- data ----------------------------------------------------------------------------------------
+  let loads = 0;
   async function load() {
-    const column = $("column").value;
+    const column = $("column").value, turn = ++loads;
     $("mapstate").textContent = "loading the map …";
     try {
       const answer = await fetch("/map/values?" + new URLSearchParams({ column }), { headers: { "HX-Request": "true" } });
       if (!answer.ok) throw new Error((await answer.text()).replace(/<[^>]*>/g, "").trim());
-      const data = await answer.arrayBuffer(), size = new DataView(data).getUint32(0, true);
+      const data = await answer.arrayBuffer();
+      if (turn !== loads) return; // another column was chosen meanwhile: the last choice is drawn
+      const size = new DataView(data).getUint32(0, true);
       state.head = JSON.parse(new TextDecoder().decode(new Uint8Array(data, 4, size)));
       state.values = new Float32Array(data, 4 + size);
       let from = 0;
@@ -369,7 +372,7 @@
       canvas.dataset.column = column;
       $("mapstate").textContent = "";
     } catch (error) {
-      $("mapstate").textContent = "The map could not be drawn: " + error.message;
+      if (turn === loads) $("mapstate").textContent = "The map could not be drawn: " + error.message;
     }
   }
   async function ring() {
