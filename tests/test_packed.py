@@ -142,3 +142,13 @@ def test_what_does_not_fit_is_refused() -> None:
         pk.packed(nn.ReLU(), affine((6, 4), 4, 1, 1))
     with pytest.raises(pk.PackingError, match="itself"):
         pk.pack(nn.Linear(4, 6), {"": affine((6, 4), 4, 1, 1)})
+
+
+def test_a_parametrised_weight_is_baked_in() -> None:
+    model: Any = nn.Sequential(nn.Linear(8, 4))
+    nn.utils.parametrizations.weight_norm(model[0])
+    pk.pack(model, {"0": affine((4, 8), 16, 4, 1)})
+    assert set(model.state_dict()) == {"0.bias", "0.packing.codes", "0.packing.scale", "0.packing.zero"}
+    pk.unpack(model)
+    assert type(model[0]) is nn.Linear
+    assert torch.equal(model[0].weight, affine((4, 8), 16, 4, 1).dense())

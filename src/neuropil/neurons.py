@@ -39,6 +39,7 @@ from torch import Tensor, nn
 from neuropil._formula import Formula
 from neuropil._taps import tapped
 from neuropil.errors import NoNeurons, UnknownNeuron
+from neuropil.packed import packed_modules, plain_twin
 
 __all__ = ["Neuron", "Site", "Tap", "Weight", "activation", "capture", "capture_inputs", "clamp", "find_sites"]
 
@@ -201,7 +202,8 @@ def find_sites(model: nn.Module) -> list[Site]:
     key = tuple((name, tuple(p.shape)) for name, p in model.named_parameters(remove_duplicate=False))
     if model in _found and _found[model][0] == key:
         return list(_found[model][1])
-    sites = recognise(model)
+    packed = any(True for _ in packed_modules(model))
+    sites = recognise(plain_twin(model) if packed else model)
     if not sites:
         raise NoNeurons(
             f"{type(model).__name__}: no layer of neurons was found; expected a linear map or convolution, "

@@ -22,6 +22,7 @@ the whole tensor, `[rows, 1]` one a channel, `[rows, fan / 32]` one for each 32 
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from functools import lru_cache
@@ -30,6 +31,7 @@ from typing import Any
 import torch
 from jaxtyping import Float, Integer, UInt8
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from neuropil.errors import ModelError
 
@@ -343,16 +345,24 @@ def packed(module: nn.Module, packing: Packing) -> nn.Module:
     if weight.shape != packing.shape:
         raise PackingError(f"a packing of shape {list(packing.shape)} for a weight of shape {list(weight.shape)}")
     kind: Any = type(module)
-    cls = kind if isinstance(module, _Packed) else _packed_class(kind)
-    made: Any = cls.__new__(cls)
-    nn.Module.__init__(made)
-    kept = {k: v for k, v in vars(module).items() if k not in ("_parameters", "_modules", "_buffers")}
-    made.__dict__.update(kept)
-    made._buffers.update(module._buffers)
-    made._parameters.update({name: value for name, value in module._parameters.items() if name != "weight"})
-    made._modules.update({k: v for k, v in module._modules.items() if k not in ("parametrizations", "packing")})
+    if parametrize.is_parametrized(module):
+        kind = kind.__bases__[0]  # the class that torch derived the parametrised one from
+    made = _remade(module, kind if isinstance(module, _Packed) else _packed_class(kind))
     made._modules["packing"] = packing
     made._dtype = weight.dtype
+    return made
+
+
+def _remade(module: nn.Module, cls: Any) -> Any:
+    """The module as one of another class, with the same attributes and bias, and neither weight nor packing."""
+    made: Any = cls.__new__(cls)
+    nn.Module.__init__(made)
+    own = ("_parameters", "_modules", "_buffers")
+    made.__dict__.update({name: value for name, value in vars(module).items() if name not in own})
+    made._buffers.update(module._buffers)
+    made._parameters.update({name: value for name, value in module._parameters.items() if name != "weight"})
+    inside = ("parametrizations", "packing")
+    made._modules.update({name: child for name, child in module._modules.items() if name not in inside})
     return made
 
 
@@ -392,25 +402,32 @@ def is_packed(module: nn.Module) -> bool:
 
 def unpack(model: nn.Module) -> None:
     """Give every packed module a plain weight again, in place: larger, and as fast as the plain model."""
-    for name, packed_module, _ in list(packed_modules(model)):
+    weights: dict[int, nn.Parameter] = {}
+    for name, packed_module, packing in list(packed_modules(model)):
         module: Any = packed_module
-        plain: Any = next(base for base in type(module).__mro__[1:] if base is not _Packed)
-        made: Any = plain.__new__(plain)
-        nn.Module.__init__(made)
-        made.__dict__.update(
-            {k: v for k, v in vars(module).items() if k not in ("_parameters", "_modules", "_buffers")}
-        )
-        made._buffers.update(module._buffers)
-        made._parameters.update({"weight": nn.Parameter(module.weight.detach()), **module._parameters})
-        made._modules.update({k: v for k, v in module._modules.items() if k != "packing"})
+        if id(packing) not in weights:
+            weights[id(packing)] = nn.Parameter(module.weight.detach())
+        made = _remade(module, next(base for base in type(module).__mro__[1:] if base is not _Packed))
+        made._parameters = {"weight": weights[id(packing)], **made._parameters}
         _put(model, name, made)
 
 
+def plain_twin(model: nn.Module) -> nn.Module:
+    """A copy on the meta device with plain weights: the shapes of the model before it was packed, and no values."""
+    memo: dict[int, Any] = {}
+    for tensor in [*model.parameters(), *model.buffers()]:
+        bare = tensor.detach().to("meta")
+        memo[id(tensor)] = nn.Parameter(bare, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else bare
+    twin = copy.deepcopy(model, memo)
+    unpack(twin)
+    return twin
+
+
 def nbytes(module: nn.Module) -> int:
-    """Bytes of a module's parameters and buffers as they are kept, shared ones counted once.
+    """Bytes of what a module's `state_dict` holds, shared tensors counted once.
 
     >>> nbytes(nn.Linear(10, 10))
     440
     """
-    tensors = {id(t): t for t in [*module.parameters(), *module.buffers()]}
-    return sum(t.numel() * t.element_size() for t in tensors.values())
+    tensors = {id(tensor): tensor for tensor in module.state_dict(keep_vars=True).values()}
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())

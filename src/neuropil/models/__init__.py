@@ -8,5 +8,6 @@
 
 from neuropil.models.loading import load
 from neuropil.models.model import Head, Model
+from neuropil.models.packed_files import about_packed, load_packed, save_packed
 
-__all__ = ["Head", "Model", "load"]
+__all__ = ["Head", "Model", "about_packed", "load", "load_packed", "save_packed"]

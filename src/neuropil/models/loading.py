@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import re
@@ -12,12 +13,16 @@ import torch
 from torch import nn
 
 from neuropil.errors import MissingAsset, ModelError
-from neuropil.models import assets, gguf, skeleton
+from neuropil.models import assets, gguf, packed_files, skeleton
 from neuropil.models.model import Model
 from neuropil.models.stores import AGAIN, InMemory, Safetensors, Store, TorchFiles
+from neuropil.packed import plain_twin
 
 _NO_CONTENT = ("_name_or_path", "transformers_version", "dtype", "torch_dtype", "use_cache")
-_FORMATS = "a GGUF file, a Hugging Face folder (config.json with safetensors or pytorch_model.bin), or a hub name"
+_FORMATS = (
+    "a GGUF file, a Hugging Face folder (config.json with safetensors, pytorch_model.bin or packed weights), "
+    "or a hub name"
+)
 
 
 def load(source: str | os.PathLike[str] | nn.Module, tokenizer: Any = None) -> Model:
@@ -56,7 +61,8 @@ def _in_memory(module: nn.Module, tokenizer: Any) -> Model:
     identity = _identity(config.to_diff_dict()) if hasattr(config, "to_diff_dict") else type(module).__name__
     name = getattr(config, "_name_or_path", "") or type(module).__name__
     store = InMemory(module)
-    return Model(name, module, store, None, identity=identity, tokenizer=lambda: tokenizer, whole=lambda *_: module)
+    bare = plain_twin(module) if store.packings else module
+    return Model(name, bare, store, None, identity=identity, tokenizer=lambda: tokenizer, whole=lambda *_: module)
 
 
 def _identity(config: dict[str, Any]) -> dict[str, Any]:
@@ -150,8 +156,10 @@ def _folder(path: Path, name: str, tokenizer: Any) -> Model:
             "was made from, a GGUF file, or load it with transformers, call .dequantize(), and pass the "
             "module to load()"
         )
-    store = _weights(path, name)
     bare = skeleton.build(config, name)
+    if packed_files.is_packed_folder(path):
+        return _packed(path, name, tokenizer, bare, settings)
+    store = _weights(path, name)
     recipes = skeleton.Recipes(store, bare)
     return Model(
         name,
@@ -163,6 +171,33 @@ def _folder(path: Path, name: str, tokenizer: Any) -> Model:
         tokenizer=lambda: tokenizer if tokenizer is not None else _folder_tokenizer(path),
         whole=_from_folder,
     )
+
+
+def _packed(path: Path, name: str, tokenizer: Any, bare: nn.Module, settings: dict[str, Any]) -> Model:
+    """A folder that `save_packed` wrote: its weights stay packed in the whole model, and are read dense."""
+    store = packed_files.PackedStore(path / packed_files.FILE)
+    packed_files.resize(bare, store.shapes)
+    return Model(
+        name,
+        bare,
+        store,
+        None,
+        path=path,
+        identity=_identity(settings),
+        tokenizer=lambda: tokenizer if tokenizer is not None else _folder_tokenizer(path),
+        whole=_still_packed,
+    )
+
+
+def _still_packed(model: Model, dtype: torch.dtype) -> nn.Module:
+    from transformers.initialization import no_init_weights
+
+    assert model.path is not None
+    cls: Any = type(model.skeleton)
+    with no_init_weights():
+        whole = cls._from_config(copy.deepcopy(model.config))
+    whole.tie_weights()
+    return packed_files.load_packed(model.path, whole).to(dtype)
 
 
 def _config(path: Path) -> tuple[Any, dict[str, Any]]:

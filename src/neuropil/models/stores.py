@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from neuropil.errors import ModelError
+from neuropil.packed import Packing, nbytes, packed_modules
 
 WHOLE = 1 << 30  # bytes up to which a fingerprint covers every byte of the model
 PIECES, PIECE = 64, 4096  # above that: so many pieces of so many bytes of every tensor
@@ -178,20 +179,32 @@ def torch_tensors(path: Path) -> dict[str, Tensor]:
 
 
 class InMemory(TensorStore):
-    """The parameters and buffers of a module that the user already has; LoRA updates are added when read."""
+    """The parameters and buffers of a module that the user already has.
+
+    LoRA updates are added when a weight is read, and a packed weight is made dense.
+    """
 
     def __init__(self, module: nn.Module) -> None:
         self.module = module
         self.tensors: dict[str, Tensor] = dict(module.state_dict(keep_vars=True))
-        self.shapes = {name: tuple(t.shape) for name, t in self.tensors.items()}
-        self.tied = _tied(self.tensors)
+        self.packings: dict[str, Packing] = {}
+        for name, _, packing in packed_modules(module):
+            self.packings[f"{name}.weight"] = packing
+            for inside in [key for key in self.tensors if key.startswith(f"{name}.packing.")]:
+                del self.tensors[inside]
+        self.shapes = {name: tuple(t.shape) for name, t in (self.tensors | self.packings).items()}
+        self.tied = _tied(self.tensors) | _repeated(self.packings)
 
     def read(self, name: str) -> Tensor:
+        if name in self.packings:
+            return self.packings[name].dense()
         return merged(self.module, name, self.tensors[name].detach())
 
     def pieces(self, name: str, whole: bool) -> Iterable[memoryview]:
         # A tied tensor is stored once in a file; counted once here too, both fingerprints are the same.
-        return () if name in self.tied else tensor_pieces(self.tensors[name], whole)
+        if name in self.tied:
+            return ()
+        return tensor_pieces(self.read(name) if name in self.packings else self.tensors[name], whole)
 
     def digest(self, config: Any) -> str:
         kept = self.shapes
@@ -202,7 +215,14 @@ class InMemory(TensorStore):
             self.shapes = kept
 
     def nbytes(self) -> int:
-        return sum(t.nbytes for name, t in self.tensors.items() if name not in self.tied)
+        plain = sum(t.nbytes for name, t in self.tensors.items() if name not in self.tied)
+        return plain + sum(nbytes(p) for name, p in self.packings.items() if name not in self.tied)
+
+
+def _repeated(packings: dict[str, Packing]) -> set[str]:
+    """Names whose packing stands under an earlier name."""
+    first: dict[int, str] = {}
+    return {name for name, packing in packings.items() if first.setdefault(id(packing), name) != name}
 
 
 def _tied(tensors: dict[str, Tensor]) -> set[str]:
