@@ -173,13 +173,21 @@ class Affine(Packing):
         zeros = zero if isinstance(zero, Tensor) else scale.new_full((1, 1), zero)
         if zeros.shape not in (scale.shape, (1, 1)):
             raise PackingError(f"a zero of shape {list(zeros.shape)}: expected that of the scale, {list(scale.shape)}")
-        made.register_buffer("codes", pack_codes(codes, levels))
+        stored = pack_codes(codes, levels)
+        made.register_buffer("codes", (stored ^ 128).view(torch.int8) if made.offset else stored)
         made.register_buffer("scale", scale.detach().clone())
         made.register_buffer("zero", zeros.detach().clone())
         return made
 
+    @property
+    def offset(self) -> int:
+        """What the stored codes of eight bits lie below the codes: they are int8, as the matrix kernels read them."""
+        return 128 if 128 < self.constants["levels"] <= 256 else 0
+
     def integers(self) -> Tensor:
         """The codes, in the weight's shape."""
+        if self.offset:
+            return (self.codes.view(torch.uint8) ^ 128).reshape(self.shape)
         return unpack_codes(self.codes, self.shape.numel(), self.constants["levels"]).reshape(self.shape)
 
     def dense(self) -> Tensor:
@@ -328,9 +336,23 @@ class _Packed:
         return self
 
 
+class _PackedLinear(_Packed):
+    """A linear map that uses the kernels for packed weights where they apply."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        from neuropil import packed_kernels
+
+        out = packed_kernels.linear(self.packing, x)
+        if out is None:
+            return super().forward(x)  # type: ignore[misc]
+        bias: Tensor | None = self.bias  # type: ignore[attr-defined]
+        return out if bias is None else out + bias
+
+
 @lru_cache
 def _packed_class(cls: Any) -> Any:
-    return type(f"Packed{cls.__name__}", (_Packed, cls), {"__module__": cls.__module__})
+    mixin = _PackedLinear if getattr(cls, "forward", None) is nn.Linear.forward else _Packed
+    return type(f"Packed{cls.__name__}", (mixin, cls), {"__module__": cls.__module__})
 
 
 def packed(module: nn.Module, packing: Packing) -> nn.Module:
@@ -407,7 +429,7 @@ def unpack(model: nn.Module) -> None:
         module: Any = packed_module
         if id(packing) not in weights:
             weights[id(packing)] = nn.Parameter(module.weight.detach())
-        made = _remade(module, next(base for base in type(module).__mro__[1:] if base is not _Packed))
+        made = _remade(module, next(base for base in type(module).__mro__[1:] if base not in (_Packed, _PackedLinear)))
         made._parameters = {"weight": weights[id(packing)], **made._parameters}
         _put(model, name, made)
 
