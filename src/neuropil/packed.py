@@ -39,8 +39,6 @@ from neuropil.errors import ModelError
 class PackingError(ModelError, ValueError):
     """Codes, scales or tables that do not fit the weight they are to stand for."""
 
-    exit_code = 13
-
 
 # -------------------------------------------------------------------------------------------------- codes in bytes
 
