@@ -2,5 +2,6 @@
 
 from neuropil.compress.granet import GraNet
 from neuropil.compress.plasticity import Plasticity, pruning_plasticity
+from neuropil.compress.structured import neuron_scores, prune_neurons, remove_neurons
 
-__all__ = ["GraNet", "Plasticity", "pruning_plasticity"]
+__all__ = ["GraNet", "Plasticity", "neuron_scores", "prune_neurons", "pruning_plasticity", "remove_neurons"]
