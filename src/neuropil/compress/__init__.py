@@ -2,6 +2,16 @@
 
 from neuropil.compress.granet import GraNet
 from neuropil.compress.plasticity import Plasticity, pruning_plasticity
+from neuropil.compress.sparse import pack_sparse, prune_magnitude
 from neuropil.compress.structured import neuron_scores, prune_neurons, remove_neurons
 
-__all__ = ["GraNet", "Plasticity", "neuron_scores", "prune_neurons", "pruning_plasticity", "remove_neurons"]
+__all__ = [
+    "GraNet",
+    "Plasticity",
+    "neuron_scores",
+    "pack_sparse",
+    "prune_magnitude",
+    "prune_neurons",
+    "pruning_plasticity",
+    "remove_neurons",
+]
