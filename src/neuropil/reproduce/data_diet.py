@@ -42,20 +42,23 @@ PAPER_SAYS = (
 DEVIATIONS = (
     "8,000 images of Fashion-MNIST, drawn anew for every seed, and a convolutional network of 9,000 weights instead of "
     "CIFAR-10 and ResNet18: data are scarcer here, which speaks against pruning half",
-    "930 steps with a one-cycle learning rate instead of 78,000 steps with steps down; no augmentation",
+    "930 steps with a one-cycle learning rate, peak 0.05, instead of 78,000 steps at 0.1 with steps down; no augmentation",
     "scores from 6 networks after 8 epochs at learning rate 0.05 (paper: 10 networks, up to 20 epochs, 0.1); from 4 "
     "networks after 3 epochs where labels are noisy",
     "forgetting scores from 2 networks instead of 10, each trained for as many steps as the final ones",
 )
 NOTES = (
     "The size of the set, the steps, the epochs and the bars of the rule come from a trial with a fully connected "
-    "network on other draws; the peak learning rate is the best of 0.05, 0.1 and 0.2 for the full set on validation "
-    "images. Every variant is trained with it.",
+    "network on other draws. The peak learning rate, one for all variants, is the best of 0.025, 0.05, 0.1, 0.2 and "
+    "0.3 for the full set and for random 70 % and 50 % alike (0.025 tried on the first and last, with two seeds): mean "
+    "of seeds 100 to 102, judged on training images 50,000 to 60,000. It is tuned for the baselines, not for EL2N.",
+    "Likely reason where half of the set is too little here: 8,000 images are few for the network, so easy examples "
+    "still teach it something; the paper keeps 25,000 of 50,000, where they no longer do.",
 )
 SEEDS: dict[Scale, tuple[int, ...]] = {"smoke": (0,), "default": (0, 1, 2, 3, 4), "paper": (0, 1, 2, 3, 4)}
 SETTINGS: dict[Scale, dict[str, Any]] = {
-    "smoke": {"examples": 400, "test": 2_000, "steps": 30, "networks": 2, "epochs": 4, "peak": 0.1},
-    "default": {"examples": 8_000, "test": 10_000, "steps": 930, "networks": 6, "epochs": 8, "peak": 0.1},
+    "smoke": {"examples": 400, "test": 2_000, "steps": 30, "networks": 2, "epochs": 4, "peak": 0.05},
+    "default": {"examples": 8_000, "test": 10_000, "steps": 930, "networks": 6, "epochs": 8, "peak": 0.05},
     "paper": {"examples": 50_000, "test": 10_000, "steps": 78_000, "networks": 10, "epochs": 20, "peak": 0.1},
 }
 
