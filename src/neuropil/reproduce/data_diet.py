@@ -42,7 +42,7 @@ PAPER_SAYS = (
 DEVIATIONS = (
     "8,000 images of Fashion-MNIST, drawn anew for every seed, and a convolutional network of 9,000 weights instead of "
     "CIFAR-10 and ResNet18: data are scarcer here, which speaks against pruning half",
-    "930 steps with a one-cycle learning rate, peak 0.05; paper: 78,000 steps from 0.1 with steps down; no crops or flips",
+    "930 steps at a one-cycle learning rate, peak 0.05; paper: 78,000 steps from 0.1 with steps down; no augmentation",
     "scores from 6 networks after 8 epochs at learning rate 0.05 (paper: 10 networks, up to 20 epochs, 0.1); from 4 "
     "networks after 3 epochs where labels are noisy",
     "forgetting scores from 2 networks instead of 10, each trained for as many steps as the final ones",
