@@ -281,12 +281,12 @@ def figure(report: Report) -> Figure:
     out = Figure(figsize=(12.5, 8), layout="constrained")
     panels = out.subplots(2, 2, width_ratios=(1.1, 1), height_ratios=(1.25, 1))
     kept, alike, windows, found = panels.flat
-    _bars(kept, report, ACCURACY, "test accuracy (%)")
+    _bars(kept, report, ACCURACY, "test accuracy (%), all with equally many steps")
     kept.axvline(report.row("full set", ACCURACY).mean, color="#333", linewidth=0.8, linestyle="--")
-    kept.set_title("Trained on what a score keeps, for equally many steps")
-    _bars(alike, report, RANKS, "Spearman correlation")
+    kept.set_title("Trained on what a score keeps")
+    _bars(alike, report, RANKS, "Spearman correlation, with EL2N where no other is named")
     alike.axvline(0, color="#333", linewidth=0.8)
-    alike.set_title("Rank correlation, with EL2N where no other is named")
+    alike.set_title("Which scores rank alike?")
     _windows(windows, report)
     _bars(found, report, AUC, "AUC (0.5: chance)")
     found.set_title("Which labels were permuted?")
@@ -327,7 +327,7 @@ def _windows(panel: Axes, report: Report) -> None:
         title="Trained with a tenth of the labels permuted",
     )
     panel.grid(alpha=0.3)
-    panel.legend(frameon=False)
+    panel.legend(frameon=False, loc="lower right")
 
 
 run = runner(__name__)
