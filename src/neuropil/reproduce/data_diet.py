@@ -284,7 +284,7 @@ def figure(report: Report) -> Figure:
     _bars(kept, report, ACCURACY, "test accuracy (%), all with equally many steps")
     kept.axvline(report.row("full set", ACCURACY).mean, color="#333", linewidth=0.8, linestyle="--")
     kept.set_title("Trained on what a score keeps")
-    _bars(alike, report, RANKS, "Spearman correlation, with EL2N where no other is named")
+    _bars(alike, report, RANKS, "Spearman correlation (with EL2N, else as named)")
     alike.axvline(0, color="#333", linewidth=0.8)
     alike.set_title("Which scores rank alike?")
     _windows(windows, report)
