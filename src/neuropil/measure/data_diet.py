@@ -28,9 +28,9 @@ $\nabla_w \sum_k f_k$ less its class-balanced mean; "loss"; and, of `train_and_s
 
 What to expect. Dropping easy examples pays where data are plentiful for the network; where they are scarce, keeping
 the hardest can be no better than chance, or worse. Wrong labels gather among the highest scores, so drop the highest
-few per cent (`keep(..., offset=...)`) where labels are noisy. *GraNd at initialisation*, which the paper found
-useful, did not hold up: a later re-run (arXiv:2303.14753) found it to follow the norm of the input;
-`train_and_score` warns.
+few per cent (`keep(..., offset=...)`) where labels are noisy; to find wrong labels, the mean "loss" of the same
+networks serves no worse (see the reproduction). *GraNd at initialisation*, which the paper found useful, did not hold
+up: a later re-run (arXiv:2303.14753) found it to follow the norm of the input; `train_and_score` warns.
 
 *Order.* Examples are read, and networks trained, in an order derived from a hash of each example. Scores
 therefore belong to the example: permuting the data set permutes them, to the bit, trained networks included, and

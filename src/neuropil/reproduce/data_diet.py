@@ -288,7 +288,7 @@ def figure(report: Report) -> Figure:
     alike.axvline(0, color="#333", linewidth=0.8)
     alike.set_title("Which scores rank alike?")
     _windows(windows, report)
-    _bars(found, report, AUC, "AUC (0.5: chance)")
+    _bars(found, report, AUC, "area under the ROC curve (0.5: chance)")
     found.set_title("Which labels were permuted?")
     for panel in panels.flat:
         panel.spines[["top", "right"]].set_visible(False)
@@ -327,7 +327,7 @@ def _windows(panel: Axes, report: Report) -> None:
         title="Trained with a tenth of the labels permuted",
     )
     panel.grid(alpha=0.3)
-    panel.legend(frameon=False, loc="lower right")
+    panel.legend(frameon=False, loc="upper left")
 
 
 run = runner(__name__)
