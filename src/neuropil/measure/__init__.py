@@ -1,1 +1,41 @@
 """How much data, bias, energy and certainty."""
+
+from neuropil.measure.quantile import (
+    QuantileAggregator,
+    QuantileNetwork,
+    calibration_error,
+    conformity_scores,
+    coverage,
+    coverage_error,
+    cqr,
+    crossing_penalty,
+    crossing_rate,
+    crps,
+    cv_plus,
+    default_models,
+    interval_score,
+    isotonize,
+    paper_models,
+    pinball,
+    wis,
+)
+
+__all__ = [
+    "QuantileAggregator",
+    "QuantileNetwork",
+    "calibration_error",
+    "conformity_scores",
+    "coverage",
+    "coverage_error",
+    "cqr",
+    "crossing_penalty",
+    "crossing_rate",
+    "crps",
+    "cv_plus",
+    "default_models",
+    "interval_score",
+    "isotonize",
+    "paper_models",
+    "pinball",
+    "wis",
+]
