@@ -2,5 +2,47 @@
 
 from neuropil.measure.data_diet import el2n_scores, example_scores, grand_scores, train_and_score
 from neuropil.measure.forgetting import Forgetting
+from neuropil.measure.quantile import (
+    QuantileAggregator,
+    QuantileNetwork,
+    calibration_error,
+    conformity_scores,
+    coverage,
+    coverage_error,
+    cqr,
+    crossing_penalty,
+    crossing_rate,
+    crps,
+    cv_plus,
+    default_models,
+    interval_score,
+    isotonize,
+    paper_models,
+    pinball,
+    wis,
+)
 
-__all__ = ["Forgetting", "el2n_scores", "example_scores", "grand_scores", "train_and_score"]
+__all__ = [
+    "Forgetting",
+    "QuantileAggregator",
+    "QuantileNetwork",
+    "calibration_error",
+    "conformity_scores",
+    "coverage",
+    "coverage_error",
+    "cqr",
+    "crossing_penalty",
+    "crossing_rate",
+    "crps",
+    "cv_plus",
+    "default_models",
+    "el2n_scores",
+    "example_scores",
+    "grand_scores",
+    "interval_score",
+    "isotonize",
+    "paper_models",
+    "pinball",
+    "train_and_score",
+    "wis",
+]
