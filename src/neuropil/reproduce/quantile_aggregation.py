@@ -63,7 +63,7 @@ DEVIATIONS = (
     "LightGBM, the last four tuned over 2 random draws (paper: three networks, two forests and LightGBM, 20 draws)",
     "weights: at the default scale the class's default settings, one point of the paper's grids, for all resolutions "
     "alike and without a search; global weights learn at 0.01, as at the paper's 0.001 they are not at rest after "
-    "10,000 steps",
+    "4,000 steps",
     "the rows on which training of weights stops are forecast out of fold, as the training rows are; the test part is "
     "a fifth of the rows, not a tenth",
     "CV+ re-learns weights for each fold from one set of out-of-fold forecasts; `QuantileAggregator.fit` also refits "
