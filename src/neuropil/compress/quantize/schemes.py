@@ -1,0 +1,18 @@
+"""The schemes of levels by name: what finds the levels of tiles `[r, g, n]` in so many bits."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from jaxtyping import Float
+from torch import Tensor
+
+from neuropil.compress.quantize.grids import Levels
+from neuropil.compress.quantize.signs import binary, ternary
+
+LEVELS: dict[str, Callable[[Tensor, int], Levels]] = {"binary": binary, "ternary": ternary}
+
+
+def fit_levels(scheme: str, x: Float[Tensor, "r g n"], bits: int) -> Levels:
+    """The levels of a scheme for the numbers of each tile."""
+    return LEVELS[scheme](x, bits)
