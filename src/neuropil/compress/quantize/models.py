@@ -130,7 +130,7 @@ def quantize_model(
     model: nn.Module,
     weights: Weights = "int8",
     *,
-    activations: Quantizer | Mapping[str, Any] | None = None,
+    activations: FakeQuantizer | Mapping[str, Any] | None = None,
     calibration: Iterable[Any] | None = None,
     skip: Iterable[str] = (),
 ) -> Changes:
@@ -165,7 +165,7 @@ def quantize_model(
     if activations is not None:
         names = [n for n in changes.changed if not isinstance(changes.model.get_submodule(n), nn.Embedding)]
         round_inputs(changes.model, activations, names)
-        if not _input_quantizer(activations).dynamic:
+        if _static(_input_quantizer(activations)):
             calibrate(changes.model, calibration if calibration is not None else ())
     return changes
 
@@ -183,32 +183,38 @@ def _naming(name: str, make: Callable[[], Packing]) -> Packing:
 # ---------------------------------------------------------------------------------------------- activations
 
 
-def _input_quantizer(activations: Quantizer | Mapping[str, Any]) -> Quantizer:
-    made = activations if isinstance(activations, Quantizer) else Quantizer(**activations)
-    return Quantizer(**made.settings())
+def _input_quantizer(activations: FakeQuantizer | Mapping[str, Any]) -> FakeQuantizer:
+    made = activations if isinstance(activations, FakeQuantizer) else Quantizer(**activations)
+    return type(made)(**made.settings())
+
+
+def _static(quantizer: FakeQuantizer) -> bool:
+    """Whether its range must be found by a calibration."""
+    return isinstance(quantizer, Quantizer) and not quantizer.dynamic and quantizer.bits != 32
 
 
 def _round_input(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
     return (module.get_submodule(INPUT)(args[0]), *args[1:])
 
 
-def round_inputs(model: nn.Module, activations: Quantizer | Mapping[str, Any], names: Iterable[str]) -> None:
+def round_inputs(model: nn.Module, activations: FakeQuantizer | Mapping[str, Any], names: Iterable[str]) -> None:
     """Give the named layers, in place, a quantizer of what they read, as the submodule `input_quantizer`."""
     for name in names:
         module = model.get_submodule(name)
         if INPUT in module._modules:
             continue
         made = _input_quantizer(activations)
-        made.name = f"the input of {name}"
+        if isinstance(made, Quantizer):
+            made.name = f"the input of {name}"
         module.add_module(INPUT, made)
         module.register_forward_pre_hook(_round_input)
 
 
-def input_quantizers(model: nn.Module) -> Iterator[tuple[str, Quantizer]]:
+def input_quantizers(model: nn.Module) -> Iterator[tuple[str, FakeQuantizer]]:
     """The quantizers of activations, by the name of the layer that reads them."""
     for name, module in model.named_modules():
         made = module._modules.get(INPUT)
-        if isinstance(made, Quantizer):
+        if isinstance(made, FakeQuantizer):
             yield name, made
 
 
@@ -219,7 +225,7 @@ def calibrate(model: nn.Module, data: Iterable[Any]) -> int:
     activations are not rounded. The model runs in eval mode and is put back into the mode it was in.
     Raises QuantizationError where there is no batch.
     """
-    quantizers = [q for _, q in input_quantizers(model) if not q.dynamic]
+    quantizers = [q for _, q in input_quantizers(model) if isinstance(q, Quantizer) and _static(q)]
     for q in quantizers:
         q.observing = True
     try:
@@ -262,7 +268,7 @@ def qat_prepare(
     model: nn.Module,
     weights: Weights,
     *,
-    activations: Quantizer | Mapping[str, Any] | None = None,
+    activations: FakeQuantizer | Mapping[str, Any] | None = None,
     skip: Iterable[str] = (),
 ) -> Changes:
     """A copy for quantization-aware training: weights are parametrized by quantizers, their float masters are trained.

@@ -7,10 +7,19 @@ from collections.abc import Callable
 from jaxtyping import Float
 from torch import Tensor
 
+from neuropil.compress.quantize.codes import binary_code_levels
 from neuropil.compress.quantize.grids import Levels
+from neuropil.compress.quantize.nonuniform import apot, lloyd_max, pow2
 from neuropil.compress.quantize.signs import binary, ternary
 
-LEVELS: dict[str, Callable[[Tensor, int], Levels]] = {"binary": binary, "ternary": ternary}
+LEVELS: dict[str, Callable[[Tensor, int], Levels]] = {
+    "binary": binary,
+    "ternary": ternary,
+    "pow2": pow2,
+    "apot": apot,
+    "binary-code": binary_code_levels,
+    "codebook": lloyd_max,
+}
 
 
 def fit_levels(scheme: str, x: Float[Tensor, "r g n"], bits: int) -> Levels:
