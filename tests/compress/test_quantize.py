@@ -213,6 +213,8 @@ def test_training_and_baking() -> None:
     baked = bake(changes.model)
     assert baked.changed == changes.changed
     assert torch.equal(baked.model(x), out)
+    assert torch.equal(changes.model(x), out), "baking has touched the model it was given"
+    assert type(baked.model[0]).__name__ == "PackedConv2d"
     assert all(is_packed(baked.model.get_submodule(n)) for n in baked.changed)
     assert nbytes(baked.model) < nbytes(model) / 4
 

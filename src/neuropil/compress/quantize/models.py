@@ -290,12 +290,21 @@ def qat_prepare(
         elif getattr(quantizer, "bits", 0) == 32:
             left[name] = "32 bits: left as it is"
         elif not parametrize.is_parametrized(module, "weight"):  # a module may have two names
+            _own_class(module)
             parametrize.register_parametrization(module, "weight", quantizer)
     changed = tuple(name for name in found if name not in left)
     if activations is not None:
         names = [n for n in changed if not isinstance(found[n], nn.Embedding)]
         round_inputs(made_model, activations, names)
     return Changes(made_model, changed, left)
+
+
+def _own_class(module: nn.Module) -> None:
+    """Torch keeps a parametrization's property in a class that copies share: give this copy one of its own."""
+    if parametrize.is_parametrized(module):
+        cls = type(module)
+        held = {k: v for k, v in vars(cls).items() if k not in ("__dict__", "__weakref__")}
+        module.__class__ = type(cls.__name__, cls.__bases__, held)
 
 
 def bake(model: nn.Module) -> Changes:
@@ -328,6 +337,7 @@ def bake(model: nn.Module) -> Changes:
         if name not in packings:
             left[name] = f"{type(last).__name__} has no packing: its weight is kept in plain numbers"
     for name in names:
+        _own_class(made.get_submodule(name))
         parametrize.remove_parametrizations(made.get_submodule(name), "weight", leave_parametrized=True)
     pack(made, packings)
     return Changes(made, tuple(packings), left)
