@@ -146,7 +146,7 @@ def test_awkward_models(kind: str) -> None:
     elif kind == "Conv3d":
         model, inputs = nn.Sequential(nn.Conv3d(2, 4, 2)), (torch.randn(1, 2, 3, 3, 3),)
     else:
-        model, inputs = nn.Sequential(nn.Linear(8, 8)).to(torch.bfloat16), (torch.randn(3, 8).bfloat16(),)
+        model, inputs = nn.Sequential(nn.Linear(32, 8)).to(torch.bfloat16), (torch.randn(3, 32).bfloat16(),)
     before = copy.deepcopy(model.state_dict())
     changes = quantize_model(model, Quantizer(8, granularity="channel"))
     told = {*changes.changed, *changes.left}

@@ -62,7 +62,8 @@ def test_lsq_gradients(signed: bool) -> None:
     x, g = data()
     (q(x) * g).sum().backward()
     low, high = (-4, 3) if signed else (0, 7)
-    s, v = float(q.scale), x.detach() / float(q.scale)
+    s = q.scale.item()
+    v = x.detach() / s
     each = torch.where(v <= low, float(low), torch.where(v >= high, float(high), v.round() - v))
     wanted = float((each * g).sum()) / (x.numel() * high) ** 0.5
     assert float(q.scale.grad) == pytest.approx(wanted, rel=1e-4)
@@ -178,9 +179,9 @@ def make_again(q: Learned, w: Tensor) -> Learned:
 @pytest.mark.parametrize("make", MAKERS[:-1], ids=IDS[:-1])
 def test_learned_weights_fit_a_task_and_are_baked(make: Callable[[], Learned]) -> None:
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(10, 32), nn.ReLU(), nn.Linear(32, 3))
-    x = torch.randn(128, 10)
-    y = (x @ torch.randn(10, 3)).argmax(1)
+    model = nn.Sequential(nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 3))
+    x = torch.randn(128, 64)
+    y = (x @ torch.randn(64, 3)).argmax(1)
     made = qat_prepare(model, make(), activations=LSQ(4, signed=False), skip=["2"]).model
     optimizer = torch.optim.Adam(made.parameters(), lr=0.01)
     made(x)

@@ -105,18 +105,15 @@ def kmeans_vectors(
     blocks, _, dim = vectors.shape
     weigh = moment if moment is not None else torch.eye(dim).to(vectors).expand(blocks, dim, dim)
     pools = vectors.reshape(1, -1, dim) if shared else vectors
-    few = [pool.unique(dim=0) for pool in pools] if pools.shape[0] * pools.shape[1] <= 1 << 20 else []
+    cheap = pools.shape[1] <= count or pools[..., 0].numel() <= 1 << 20  # sorting vectors takes its time
+    few = [pool.unique(dim=0) for pool in pools] if cheap else []
     if few and max(len(pool) for pool in few) <= count:
-        size = max(2, *(len(pool) for pool in few), 2)
+        size = max(2, max(len(pool) for pool in few))
         table = torch.stack([pool[torch.arange(size).clamp(max=len(pool) - 1)] for pool in few])
         return _assign(vectors, table, torch.eye(dim).to(vectors).expand(blocks, dim, dim))[0], table
     generator = torch.Generator().manual_seed(seed)
     drawn = torch.stack([torch.randperm(pools.shape[1], generator=generator)[:count] for _ in pools]).to(vectors.device)
     table = torch.stack([pool[at] for pool, at in zip(pools, drawn, strict=True)])
-    if table.shape[1] < count:
-        raise QuantizationError(
-            f"{count} entries for {table.shape[1]} vectors: choose fewer entries, or one codebook for the layer"
-        )
     codes, errors = _assign(vectors, table, weigh)
     for _ in range(rounds):
         table = _update(vectors, codes, table, weigh, errors)
