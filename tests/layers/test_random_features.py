@@ -12,6 +12,8 @@ import torch
 from scipy.integrate import quad
 from sklearn.base import clone
 from sklearn.datasets import load_breast_cancer, load_diabetes
+from sklearn.linear_model import Ridge
+from sklearn.metrics.pairwise import rbf_kernel
 from sklearn.preprocessing import StandardScaler
 from sklearn.utils.estimator_checks import check_estimator
 
@@ -110,6 +112,19 @@ def test_the_output_layer_is_that_of_the_normal_equations() -> None:
     np.testing.assert_allclose(solve(h, y, 0.0, 1e-12)[0], np.linalg.lstsq(h, y, rcond=None)[0], rtol=1e-9)
     twice = np.concatenate([h, h], 1)
     assert solve(twice, y, 0.0, 1e-12)[1] == 12
+
+
+def test_peers_of_scikit_learn() -> None:
+    """Its ridge regression on the same features, and its kernel, which cosines approximate (Rahimi and Recht)."""
+    x = np.random.default_rng(0).uniform(-1, 1, (80, 3))
+    y = np.sin(x @ np.array([1.0, 2.0, 3.0]))
+    net = quiet(n_neurons=30, lam=2.0, ridge=0.3).fit(x, y)
+    h = net.features_(torch.from_numpy(x)).numpy()
+    peer = Ridge(alpha=0.3, fit_intercept=False, solver="svd").fit(h, y)
+    np.testing.assert_allclose(net.predict(x), peer.predict(h), atol=1e-9)
+    cosines = draw_features(x, 40_000, 1.5, lam_b=math.pi, weight_dist="normal", activation="cos")
+    h = cosines(torch.from_numpy(x)).numpy()
+    np.testing.assert_allclose(2 * h @ h.T / 40_000, rbf_kernel(x, gamma=1.5**2 / 2), atol=0.03)
 
 
 def test_relu_with_kinks_outside_the_data_is_affine() -> None:
@@ -242,6 +257,8 @@ def test_data_that_make_no_sense() -> None:
         suggest_scale(LINE[:5], sine(1)[:5])
     with pytest.raises(ValueError, match="lam > 0"):
         suggest_scale(LINE, sine(1), lams=(0.0, 1.0))
+    with pytest.raises(ValueError, match="held_out"):
+        suggest_scale(LINE, sine(1), held_out=1.0)
     with pytest.raises(ValueError, match="lam 0"):
         diagnose_random_features(LINE, sine(1), lam=0.0)
     with pytest.raises(ValueError, match="needs the targets"):
@@ -489,6 +506,8 @@ def test_slices_of_scattered_samples() -> None:
     found = [Spectrum.of_samples(x, np.sin(k * np.pi * x[:, 0])) for k in (1, 4)]
     assert abs(found[1].direction @ direction) == 1
     assert required_bandwidth(found[1]) > 2 * required_bandwidth(found[0])
+    many = rng.uniform(-1, 1, (9000, 4))
+    assert len(Spectrum.of_samples(many, many[:, 0]).x) == 4000
     # The power of the floor is taken off: at a frequency the target lacks, it is 0 on average.
     power = []
     for seed in range(40):

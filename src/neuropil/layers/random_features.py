@@ -93,6 +93,7 @@ NARROW = 0.5  # "too narrow": no better than this share of the target is reached
 GAIN = 0.8  # ... four times the neurons leave more than this share of the error, ...
 WIDER = 0.5  # ... and a wider range leaves less than this share
 Certificates = list[BandlimitCertificate | None]  # one for each output, None where it is 0
+MOST = 2000  # samples held out
 WIDE = 12.0  # boxes beyond this take seconds to bound, and have bounds near 0
 
 
@@ -200,6 +201,7 @@ def suggest_scale(
 ) -> ScaleCurve:
     """Networks of each range on one split of the data, and the range with the smallest error on the part held out.
 
+    `held_out` is the share of samples held out, of which there are at most 2000.
     Weights and biases are uniform in [-lam, lam]. Targets are centred on their mean in training. In one dimension
     the bounds are for all networks in the box; in more (and for boxes too wide) for all output weights of the neurons
     drawn.
@@ -211,7 +213,10 @@ def suggest_scale(
         raise ValueError(f"{draws} draws of {len(lams)} ranges; expected 1 or more of each")
     if min(lams) <= 0 or n_neurons < 4:
         raise ValueError(f"smallest lam {min(lams)}, n_neurons {n_neurons}; expected lam > 0 and 4 neurons or more")
-    train_x, test_x, train_y, test_y = train_test_split(X, y, test_size=held_out, random_state=random_state)
+    if not 0 < held_out < 1:
+        raise ValueError(f"held_out {held_out}; expected a share above 0 and below 1")
+    size = min(math.ceil(held_out * len(X)), MOST)
+    train_x, test_x, train_y, test_y = train_test_split(X, y, test_size=size, random_state=random_state)
     mean = train_y.mean(0)
     train_y, test_y = train_y - mean, test_y - mean
     shape = draws, len(lams)

@@ -68,7 +68,8 @@ __all__ = [
 ]
 
 CHUNK = 4_000_000  # entries of a temporary matrix
-SLICES = 64  # directions along which scattered samples are analysed
+SLICES = 64  # directions along which scattered samples are analysed ...
+MOST = 4000  # ... and how many of them at most, drawn at random
 
 
 @dataclass(frozen=True)
@@ -297,8 +298,12 @@ def _interpolated(cls: type[Spectrum], x: np.ndarray, values: np.ndarray) -> Spe
 
 
 def _sliced(cls: type[Spectrum], x: np.ndarray, values: np.ndarray) -> Spectrum:
+    rng = np.random.default_rng(0)
+    if len(x) > MOST:
+        some = rng.choice(len(x), MOST, replace=False)
+        x, values = x[some], values[some]
     n, m = x.shape
-    random = np.random.default_rng(0).standard_normal((max(0, SLICES - m), m))
+    random = rng.standard_normal((max(0, SLICES - m), m))
     directions = np.concatenate([np.eye(m), random / np.linalg.norm(random, axis=1, keepdims=True)])
     span = float(np.ptp(x @ directions.T, axis=0).max())
     if span == 0:
