@@ -14,6 +14,7 @@ from neuropil.reproduce.bandlimited_random_networks import (
     BOUND,
     KERNEL,
     RELATIVE,
+    RMSE,
     TOLD,
     TUNED,
     ZERO,
@@ -49,15 +50,21 @@ def _draw_ranges(panel: Any, table: Table) -> None:
             (lam, np.median(table[key])) for lam in lams if (key := (network("sigmoid", k, many, lam), BOUND)) in table
         ]
         shown = [(lam, bound) for lam, bound in proven if bound > 0]
+        told = (
+            float(table[f"sigmoid, k={k}", TOLD][0]),
+            float(np.median(table[network("sigmoid", k, many, "told"), RMSE])),
+        )
+        panel.plot(*told, "D", ms=9, mfc="none", color=colour)
         if shown:
             panel.plot(*zip(*shown, strict=True), color=colour, lw=7, alpha=0.25, solid_capstyle="butt")
     panel.axhline(float(np.median(table[f"k={ks[-1]}", ZERO])), color="#8a8f98", lw=1, label="the target's RMS")
     panel.plot([], [], "k-", label=f"{many} neurons")
     panel.plot([], [], "k--", alpha=0.55, label=f"{few} neurons")
-    panel.plot([], [], "k", lw=7, alpha=0.25, label=f"proven bound at {many} neurons' weights")
+    panel.plot([], [], "kD", ms=9, mfc="none", label=f"{many}, range told from the spectrum")
+    panel.plot([], [], "k", lw=7, alpha=0.25, label=f"proven for the sum of |weights| of {many}")
     panel.set(xscale="log", yscale="log", xlabel="range of weights and biases", ylabel="test RMSE (median over seeds)")
     panel.set_title("sin(2πkx), sigmoid neurons")
-    panel.legend(frameon=False, fontsize="small", loc="lower left")
+    panel.legend(frameon=False, fontsize="small", ncols=3, loc="upper center", bbox_to_anchor=(0.5, -0.14))
 
 
 def _draw_told(panel: Any, table: Table) -> None:
@@ -92,10 +99,10 @@ def _draw_peers(panel: Any, report: Report) -> None:
     panel.set(
         xscale="log",
         xlabel="test RMSE, each tuned on held-out points (dots: seeds)",
-        title="200 neurons, or kernels on 500 samples",
+        title="Networks of fewer neurons, and peers",
     )
     panel.grid(axis="x", alpha=0.3)
-    panel.legend(frameon=False, fontsize="small")
+    panel.legend(frameon=False, fontsize="small", ncols=4, loc="upper center", bbox_to_anchor=(0.5, -0.14))
 
 
 def _draw_tables(panel: Any, table: Table) -> None:
