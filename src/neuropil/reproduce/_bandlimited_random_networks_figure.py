@@ -110,16 +110,17 @@ def _draw_tables(panel: Any, table: Table) -> None:
     names = list(dict.fromkeys(name.split(", ")[0] for name in means))
     for name, colour in zip(names, COLOURS, strict=False):
         curve = {float(key.split()[-1]): v for key, v in means.items() if key.startswith(f"{name}, range ")}
-        spread = [v.std(ddof=1) if len(v) > 1 else 0.0 for v in curve.values()]
-        panel.errorbar(
-            list(curve), [v.mean() for v in curve.values()], spread, fmt="o-", ms=3, capsize=2, color=colour, label=name
-        )
-        panel.axhline(means[f"{name}, {KERNEL}"].mean(), color=colour, ls=":", lw=1)
+        panel.plot(list(curve), [np.median(v) for v in curve.values()], "o-", ms=4, color=colour, label=name)
+        for lam, values in curve.items():
+            panel.plot([lam] * len(values), values, ".", ms=3, color=colour, alpha=0.4)
+        panel.axhline(np.median(means[f"{name}, {KERNEL}"]), color=colour, ls=":", lw=1)
     panel.plot([], [], "k:", lw=1, label="kernel ridge, tuned")
     panel.axhline(1, color="#8a8f98", lw=1)
     panel.text(0.011, 1.005, "the mean", color="#8a8f98", fontsize="small", va="bottom")
     panel.set(
-        xscale="log", xlabel="range of weights and biases (inputs standardised)", ylabel=f"{RELATIVE} (± deviation)"
+        xscale="log",
+        xlabel="range of weights and biases (inputs standardised)",
+        ylabel="test RMSE over the mean's (dots: seeds)",
     )
     panel.set(title="Real tables, 200 sigmoid neurons, ridge tuned", ylim=(0, 1.15))
     panel.legend(frameon=False, fontsize="small")
