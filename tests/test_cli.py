@@ -576,7 +576,8 @@ def logs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name in ("cosine", "constant"):
         curve = paper_curve(name)
         losses = dict(zip(curve.steps.tolist(), curve.losses.tolist(), strict=True))
-        lines = [f"{step},{rate!r},{losses.get(step, '')}" for step, rate in enumerate(curve.schedule.tolist())]
+        rates = dict(list(enumerate(curve.schedule.tolist()))[::100])
+        lines = [f"{step},{rate!r},{losses.get(step, '')}" for step, rate in rates.items()]
         (folder / f"{name}.csv").write_text("\n".join(["step,lr,loss", *lines]))
         bare = [f"{step},{loss}" for step, loss in losses.items()]
         (folder / f"{name}-without-lr.csv").write_text("\n".join(["step,loss", *bare]))
@@ -634,7 +635,7 @@ def test_law_takes_a_schedule_from_a_file_or_from_words(logs: Path) -> None:
     call = ["law", "predict", bare, "--trained-with", given, "--schedule", logs / "constant.csv", "--json"]
     of_file = json.loads(run(*call).stdout)[0]
     of_words = json.loads(run("law", "predict", logs / "cosine.csv", "--schedule", "constant", "--json").stdout)[0]
-    assert of_file["final_loss"] == pytest.approx(of_words["final_loss"], rel=1e-6)
+    assert of_file["final_loss"] == pytest.approx(of_words["final_loss"], rel=1e-5)  # every 100th rate was logged
 
 
 def test_law_chooses_the_delay_among_several(logs: Path) -> None:
@@ -669,7 +670,7 @@ def test_law_says_once_that_constant_rates_do_not_tell_what_annealing_gains(logs
     ],
 )
 def test_wrong_calls_of_law_say_how_to_mend_them(call: str, said: str, logs: Path) -> None:
-    result = run(*(logs / word if (logs / word).is_file() else word for word in call.split()))
+    result = run("law", *(logs / word if (logs / word).is_file() else word for word in call.split()))
     assert result.exit_code == 2
     assert result.stdout == ""
     plain = re.sub(r"[\s│]+", " ", result.stderr)  # the sentence, out of its frame

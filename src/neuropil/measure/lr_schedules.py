@@ -25,7 +25,7 @@ import numpy as np
 from jaxtyping import Float
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
-Rates = Float[np.ndarray, " steps"]
+Rates = Float[np.ndarray, " _steps"]  # any number of them: schedules side by side differ in length
 
 
 def constant(total_steps: int, max_lr: float, warmup_steps: int = 0) -> Rates:

@@ -120,7 +120,7 @@ def measure(scale: Scale, seed: int, progress: Meter) -> list[Measurement]:
     ends = [lr.cosine(settings["steps"] // part, MAX_LR, warmup_steps=settings["warmup"]) for part in (4, 2)]
     branches = [*fitted.values(), *unseen.values(), *ends]
     lab = Laboratory(settings, seed, trunk=fitted["constant"], branches=branches)
-    seen = [lab.curve(name, rates) for name, rates in progress.track(fitted.items(), "training, fitted", 0, 0.25)]
+    seen = [lab.curve(name, rates) for name, rates in progress.track(fitted.items(), "training, fitted", 0.0, 0.25)]
     tests = [lab.curve(name, rates) for name, rates in progress.track(unseen.items(), "training, unseen", 0.25, 0.85)]
     shorter = [lab.curve("cosine", rates) for rates in progress.track(ends, "training, end points", 0.85, 0.95)]
     progress(0.95, "fitting")
