@@ -81,6 +81,7 @@ def law(
 
     read = _curves(curves, trained_with or [])
     lambdas = _lambdas(lambda_)
+    asked = [(text, _schedule(text, read[0], "--schedule")) for text in schedule or []]
     with warnings.catch_warnings(record=True) as said_of_fit:
         warnings.simplefilter("always")
         try:
@@ -90,7 +91,7 @@ def law(
     _warned(said_of_fit)
     if action is Action.fit:
         return _fit(fitted, read, as_json)
-    _predict(fitted, read[0], schedule or [], points, as_json)
+    _predict(fitted, asked, points, as_json)
 
 
 def _lambdas(text: str) -> list[float]:
@@ -176,8 +177,8 @@ def _fit(fitted: AnnealingLaw, read: list[Curve], as_json: bool) -> None:
     )
 
 
-def _predict(fitted: AnnealingLaw, like: Curve, texts: list[str], points: int, as_json: bool) -> None:
-    rows = sorted((_row(fitted, like, text, points) for text in texts), key=lambda row: row["final_loss"])
+def _predict(fitted: AnnealingLaw, asked: list[tuple[str, Any]], points: int, as_json: bool) -> None:
+    rows = sorted((_row(fitted, text, rates, points) for text, rates in asked), key=lambda row: row["final_loss"])
     if as_json:
         return output.as_json(rows)
     columns = [Column("schedule", style="bold cyan", give=True), Column("step", "right"), Column("lr", "right")]
@@ -198,13 +199,12 @@ def _predict(fitted: AnnealingLaw, like: Curve, texts: list[str], points: int, a
     )
 
 
-def _row(fitted: AnnealingLaw, like: Curve, text: str, points: int) -> dict[str, Any]:
+def _row(fitted: AnnealingLaw, text: str, rates: Any, points: int) -> dict[str, Any]:
     """What the law says of one schedule."""
     import numpy as np
 
     from neuropil.errors import Extrapolation
 
-    rates = _schedule(text, like, "--schedule")
     last = len(rates) - 1
     steps = np.unique(np.linspace(0, last, points + 1).round().astype(int)[1:])
     with warnings.catch_warnings(record=True) as said:
