@@ -1,7 +1,10 @@
 """How much data, bias, energy and certainty."""
 
+from neuropil.measure.annealing_law import AnnealingLaw, areas, best_schedule, choose_lambda
 from neuropil.measure.data_diet import el2n_scores, example_scores, grand_scores, train_and_score
 from neuropil.measure.forgetting import Forgetting
+from neuropil.measure.loss_curves import Curve, read_curve
+from neuropil.measure.power_law import ChinchillaLaw
 from neuropil.measure.quantile import (
     QuantileAggregator,
     QuantileNetwork,
@@ -23,10 +26,16 @@ from neuropil.measure.quantile import (
 )
 
 __all__ = [
+    "AnnealingLaw",
+    "ChinchillaLaw",
+    "Curve",
     "Forgetting",
     "QuantileAggregator",
     "QuantileNetwork",
+    "areas",
+    "best_schedule",
     "calibration_error",
+    "choose_lambda",
     "conformity_scores",
     "coverage",
     "coverage_error",
@@ -43,6 +52,7 @@ __all__ = [
     "isotonize",
     "paper_models",
     "pinball",
+    "read_curve",
     "train_and_score",
     "wis",
 ]
