@@ -60,8 +60,8 @@ NOTES = (
     "learning rate, batch and measuring interval were set in pilot runs with a seed that is not among these",
     "runs that share their first steps with the constant run were continued from it, with the same data",
     "the chosen lambda lies at the lower end of its candidates for two of the three seeds",
-    "the interval of 1.96 standard deviations covers fewer than 95 % of the points: it knows the spread of the fit, not "
-    "the law's own error",
+    "the interval of 1.96 standard deviations covers fewer than 95 % of the points: it knows the spread of the fit, "
+    "not the law's own error",
     "on the two warmup-stable-decay schedules and the two drops the multi-power law is level with the annealing law or "
     "slightly better",
 )
