@@ -75,3 +75,13 @@ def test_a_packed_layer_uses_its_kernel_and_keeps_its_bias() -> None:
         assert out is not None
         assert torch.equal(model(x), out + layer.bias)
     assert nbytes(packing) == size, "what is laid out for the kernel is not stored"
+
+
+@pytest.mark.parametrize(("rows", "fan"), [(8, 8), (8, 24), (32, 40), (64, 20), (64, 100), (33, 17), (33, 16), (7, 32)])
+@pytest.mark.parametrize("levels", [256, 16])
+def test_sizes_that_the_kernels_do_not_take(rows: int, fan: int, levels: int) -> None:
+    packing, x = affine(levels, rows, 1, rows=rows, fan=fan), torch.randn(3, fan).bfloat16()
+    model = nn.Sequential(nn.Linear(fan, rows, bias=False).bfloat16())
+    pack(model, {"0": packing})
+    with torch.no_grad():
+        assert error(packing, x, model[0](input=x)) < 2**-6

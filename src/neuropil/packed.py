@@ -357,12 +357,12 @@ class _Packed:
 class _PackedLinear(_Packed):
     """A linear map that uses the kernels for packed weights where they apply."""
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         from neuropil import packed_kernels
 
-        out = packed_kernels.linear(self.packing, x)
+        out = packed_kernels.linear(self.packing, input)
         if out is None:
-            return super().forward(x)  # type: ignore[misc]
+            return super().forward(input)  # type: ignore[misc]
         bias: Tensor | None = self.bias  # type: ignore[attr-defined]
         return out if bias is None else out + bias
 
@@ -370,11 +370,11 @@ class _PackedLinear(_Packed):
 class _PackedEmbedding(_Packed):
     """An embedding that makes only the rows dense that are asked for."""
 
-    def forward(self, ids: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         if self.max_norm is not None:  # type: ignore[attr-defined]
-            return super().forward(ids)  # type: ignore[misc]
-        found = self.packing.rows(ids.flatten()).to(self._dtype)
-        return found.reshape(*ids.shape, -1)
+            return super().forward(input)  # type: ignore[misc]
+        found = self.packing.rows(input.flatten()).to(self._dtype)
+        return found.reshape(*input.shape, -1)
 
 
 @lru_cache

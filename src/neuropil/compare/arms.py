@@ -1,0 +1,134 @@
+"""The ways to make a model smaller that are compared: ours, and peers' that many people use today."""
+
+from __future__ import annotations
+
+import copy
+import io
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from neuropil.changes import Changes
+from neuropil.compare.subjects import Subject
+from neuropil.compress.recipes import compress
+from neuropil.packed import nbytes, packed_modules
+
+Make = Callable[[Subject], nn.Module]
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One method at one setting. `make` gives a smaller copy of the subject's model.
+
+    `kind` groups the arms: "original", "bits" (fewer bits a weight), "zeros" (fewer weights), "neurons" (smaller
+    tensors), "run time" (less is computed, nothing is smaller). `trained` arms are fine-tuned for equally many steps.
+    """
+
+    name: str
+    kind: str
+    make: Make
+    on: tuple[str, ...] = ("resnet", "swin", "smollm2")
+    peer: bool = False
+    trained: bool = False
+    low: bool = False  # run in bfloat16, for which the kernels are
+
+
+def _recipe(method: str, **settings: Any) -> Make:
+    def make(subject: Subject) -> nn.Module:
+        return compress(
+            subject.model, method, calibration=subject.calibration, example=subject.example, **settings
+        ).model
+
+    return make
+
+
+def _trained(method: str, **settings: Any) -> Make:
+    """Zeros that stay zero while what is left is trained; neurons that are gone stay gone anyway."""
+
+    def make(subject: Subject) -> nn.Module:
+        from neuropil.compress.recipes import RECIPES
+        from neuropil.compress.sparse import pack_sparse, prune_magnitude
+
+        if method == "magnitude":
+            pruned = prune_magnitude(subject.model, settings["sparsity"])
+            return pack_sparse(_masked_training(subject, pruned)).model
+        assert "sparsity" in RECIPES[method].takes
+        return subject.finetune(_recipe(method, **settings)(subject))
+
+    return make
+
+
+def _masked_training(subject: Subject, pruned: Changes) -> nn.Module:
+    masks = {name: pruned.model.get_parameter(f"{name}.weight") != 0 for name in pruned.changed}
+
+    def hold(run: Any) -> None:
+        with torch.no_grad():
+            for name, mask in masks.items():
+                pruned.model.get_parameter(f"{name}.weight").mul_(mask)
+
+    return subject.finetune(pruned.model, callbacks=[hold])
+
+
+def _low(subject: Subject) -> nn.Module:
+    return copy.deepcopy(subject.model).to(torch.bfloat16)
+
+
+def _torchao(config: str, **settings: Any) -> Make:
+    def make(subject: Subject) -> nn.Module:
+        from torchao import quantization
+
+        model = _low(subject) if subject.language else copy.deepcopy(subject.model)
+        quantization.quantize_(model, getattr(quantization, config)(**settings))
+        return model
+
+    return make
+
+
+def _quanto(weights: str) -> Make:
+    def make(subject: Subject) -> nn.Module:
+        from optimum import quanto
+
+        model = copy.deepcopy(subject.model)
+        quanto.quantize(model, weights=getattr(quanto, weights))
+        quanto.freeze(model)
+        return model
+
+    return make
+
+
+VISION, LANGUAGE = ("resnet", "swin"), ("smollm2",)
+
+ARMS: tuple[Arm, ...] = (
+    Arm("float32", "original", lambda subject: subject.model),
+    Arm("bfloat16", "original", _low, LANGUAGE),
+    Arm("uniform 8", "bits", _recipe("uniform", bits=8), low=True),
+    Arm("uniform 4, groups of 32", "bits", _recipe("uniform", bits=4, group=32), LANGUAGE, low=True),
+    Arm("uniform 4", "bits", _recipe("uniform", bits=4), low=True),
+    Arm("uniform 3", "bits", _recipe("uniform", bits=3), low=True),
+    Arm("uniform 3, groups of 32", "bits", _recipe("uniform", bits=3, group=32), LANGUAGE, low=True),
+    Arm("uniform 2", "bits", _recipe("uniform", bits=2), low=True),
+    Arm("uniform 2, groups of 32", "bits", _recipe("uniform", bits=2, group=32), LANGUAGE, low=True),
+    Arm("ternary", "bits", _recipe("ternary"), VISION),
+    Arm("magnitude 0.5", "zeros", _recipe("magnitude", sparsity=0.5)),
+    Arm("magnitude 0.7, trained", "zeros", _trained("magnitude", sparsity=0.7), VISION, trained=True),
+    Arm("magnitude 0.9, trained", "zeros", _trained("magnitude", sparsity=0.9), VISION, trained=True),
+    Arm("neurons 0.1", "neurons", _recipe("neurons", sparsity=0.1), LANGUAGE),
+    Arm("neurons 0.3, trained", "neurons", _trained("neurons", sparsity=0.3), VISION, trained=True),
+    Arm("neurons 0.5, trained", "neurons", _trained("neurons", sparsity=0.5), VISION, trained=True),
+    Arm("torchao int8", "bits", _torchao("Int8WeightOnlyConfig"), LANGUAGE, peer=True, low=True),
+    Arm("quanto int8", "bits", _quanto("qint8"), peer=True),
+    Arm("quanto int4", "bits", _quanto("qint4"), LANGUAGE, peer=True),
+    Arm("quanto int2", "bits", _quanto("qint2"), LANGUAGE, peer=True),
+)
+
+
+def size(model: nn.Module) -> int:
+    """Bytes of all that is kept of a model; of a peer's, as torch saves it."""
+    if any(True for _ in packed_modules(model)) or all(type(p) is nn.Parameter for p in model.parameters()):
+        return nbytes(model)
+    file = io.BytesIO()
+    torch.save(model.state_dict(), file)
+    return file.getbuffer().nbytes
