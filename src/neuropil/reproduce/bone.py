@@ -287,7 +287,7 @@ def figure(report: Report) -> Figure:
     before = report.row(NONE, TEST).mean
     right.set_yticks(range(len(rows)), [row.name for row in reversed(rows)])
     right.set_ylim(-0.6, len(rows) - 0.4)
-    right.set_xlabel("loss on held-out text (nats a token), mean and standard deviation over seeds")
+    right.set_xlabel("loss on held-out text (nats a token)\nmean and standard deviation over seeds")
     right.set_title(f"After fine-tuning (before: {before:.3f})", fontsize="medium")
     right.grid(axis="x", alpha=0.3)
     for panel in (left, right):
