@@ -50,5 +50,6 @@ def test_the_baselines_have_no_fewer_parameters_and_hardly_more() -> None:
         made = bone.adapted(arm, net, r=8)
         size[arm] = sum(p.numel() for p in made.parameters() if p.requires_grad)
     rank = bone.lora_rank(net, 8)
-    assert size[bone.ROW] < size[BONE] == size[bone.MISS]
+    assert size[BONE] == size[bone.MISS]
+    assert size[bone.ROW] == pytest.approx(size[BONE], rel=0.1)  # by the inputs instead of the outputs
     assert size[BONE] <= size[LORA] == size[PISSA] < size[BONE] * (1 + 1 / (rank - 1))
