@@ -2,16 +2,19 @@
 
 import copy
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tiny_models import llama
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from transformers.pytorch_utils import Conv1D
 
 from neuropil.compress.quantize import (
+    RECIPES,
     QuantizationError,
     Quantizer,
     bake,
@@ -20,6 +23,7 @@ from neuropil.compress.quantize import (
     quantize_model,
     to_tiles,
 )
+from neuropil.models.packed_files import load_packed, save_packed
 from neuropil.packed import is_packed, nbytes
 
 
@@ -76,6 +80,43 @@ def test_what_is_packed_is_what_was_simulated(bits: int, granularity) -> None:
     for scheme in (*SCHEMES, "binary", "ternary"):
         q = Quantizer(bits, scheme, granularity)
         assert torch.equal(q.pack(w).dense(), q(w)), scheme
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+@pytest.mark.parametrize("scheme", ["affine", "symmetric", "codebook", "apot", "ternary", "binary-code"])
+def test_scales_in_half_precision(dtype: str, scheme: str) -> None:
+    w = torch.randn(8, 64, generator=torch.Generator().manual_seed(0))
+    w[3], w[4] = 0, w[4] * 1e-9
+    full, half = (Quantizer(4, scheme, ("group", 32), scale_dtype=d) for d in ("float32", dtype))
+    packing = half.pack(w)
+    assert torch.equal(packing.dense().float(), half(w))
+    assert packing.bits < full.pack(w).bits
+    assert (half(w) - w).square().mean() < 1.1 * (full(w) - w).square().mean()
+    assert torch.isfinite(half(w)).all()
+    with pytest.raises(QuantizationError, match="8 at most"):
+        Quantizer(9, scale_dtype=dtype)
+
+
+@pytest.mark.parametrize("recipe", list(RECIPES))
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_language_model_is_packed_saved_and_loaded(recipe: str, tied: bool, tmp_path: Path) -> None:
+    model = llama(tied=tied)
+    tokens = torch.arange(12)[None]
+    skip = ["model.layers.0.self_attn.*"]
+    with torch.no_grad():
+        plain = model(tokens).logits
+        changes = quantize_model(model, {"*down_proj": "int8", "*": recipe}, skip=skip)  # 32 does not divide its 48
+        out = changes.model(tokens).logits
+    assert "lm_head" in changes.changed
+    assert set(changes.left) == {f"model.layers.0.self_attn.{n}_proj" for n in "qkvo"}
+    assert torch.equal(model(tokens).logits, plain)
+    save_packed(changes.model, tmp_path / "small")
+    again = load_packed(tmp_path / "small", into=llama(seed=1, tied=tied))
+    with torch.no_grad():
+        assert torch.equal(again(tokens).logits, out)
+    assert nbytes(changes.model) < nbytes(model) * (0.6 if recipe == "codebook4" else 0.5)
+    if recipe in ("int8", "int4", "int4-group"):
+        assert torch.nn.functional.cosine_similarity(out.flatten(), plain.flatten(), dim=0) > 0.95
 
 
 @pytest.mark.parametrize("per_channel", [False, True])

@@ -16,12 +16,16 @@ from neuropil.compress.quantize.quantizer import FakeQuantizer, Quantizer
 from neuropil.compress.quantize.tiles import LAYERS, QuantizationError, check_finite
 from neuropil.packed import Packing, is_packed, pack, packed
 
+_GROUPS = {"scheme": "affine", "granularity": ("group", 32), "observer": "mse", "scale_dtype": "float16"}
 RECIPES: dict[str, dict[str, Any]] = {
     "int8": {"bits": 8, "scheme": "symmetric", "granularity": "channel"},
     "int4": {"bits": 4, "scheme": "symmetric", "granularity": "channel", "observer": "mse"},
-    "int4-group": {"bits": 4, "scheme": "affine", "granularity": ("group", 32)},
-    "int3-group": {"bits": 3, "scheme": "affine", "granularity": ("group", 32), "observer": "mse"},
-    "int2-group": {"bits": 2, "scheme": "affine", "granularity": ("group", 32), "observer": "mse"},
+    "int4-group": {"bits": 4, **_GROUPS},
+    "int3-group": {"bits": 3, **_GROUPS},
+    "int2-group": {"bits": 2, **_GROUPS},
+    "codebook4": {"bits": 4, "scheme": "codebook", "granularity": "channel", "scale_dtype": "float16"},
+    "apot4": {"bits": 4, "scheme": "apot", "granularity": "channel"},
+    "pow2-4": {"bits": 4, "scheme": "pow2", "granularity": "channel"},
     "ternary": {"bits": 2, "scheme": "ternary", "granularity": "channel"},
     "binary": {"bits": 1, "scheme": "binary", "granularity": "channel"},
 }
