@@ -14,11 +14,13 @@ from torch.nn.utils import parametrize
 from transformers.pytorch_utils import Conv1D
 
 from neuropil.compress.quantize import (
+    LSQ,
     RECIPES,
     QuantizationError,
     Quantizer,
     bake,
     calibrate,
+    layer_losses,
     qat_prepare,
     quantize_model,
     to_tiles,
@@ -237,6 +239,47 @@ def test_activations_are_rounded_and_calibrated() -> None:
         calibrate(changes.model, [])
 
 
+def test_activations_by_channel_and_by_name() -> None:
+    x = torch.randn(16, 3, 5, 5) * torch.tensor([0.01, 1.0, 100.0])[:, None, None]
+    q = Quantizer(8, "affine", "channel", axis=1)
+    q(x)
+    assert q.grid.scale.shape == (1, 3)
+    torch.testing.assert_close(q(x[:2]), x[:2], rtol=0.01, atol=0.5)
+    assert (q(x)[:, 0] - x[:, 0]).abs().max() < 0.001
+
+    class Named(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(8, 8)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.linear(input=x)
+
+    made = quantize_model(Named(), "int8", activations={"bits": 2}, calibration=[torch.randn(9, 8)]).model
+    assert made(torch.randn(4, 8)).shape == (4, 8)
+    assert made.linear.input_quantizer.grid.scale.numel() == 1
+    attention = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+    with pytest.raises(QuantizationError, match=r"never reached self_attn\.out_proj"):
+        quantize_model(attention, "int8", activations={"bits": 8}, calibration=[torch.randn(2, 3, 8)])
+
+
+def test_losses_of_layers() -> None:
+    model = net()
+    losses = [
+        layer_losses(model, quantize_model(model, {"bits": b, "granularity": "channel"}).model) for b in (3, 4, 8)
+    ]
+    for name in ("0", "2", "4", "5"):
+        relative = [loss[name].relative for loss in losses]
+        assert relative == sorted(relative, reverse=True)
+        weight = model.get_submodule(name).weight.detach()
+        rounded = quantize_model(model, {"bits": 3, "granularity": "channel"}).model.get_submodule(name).weight
+        wanted = float((rounded - weight).square().sum() / weight.square().sum())
+        assert relative[0] == pytest.approx(wanted, rel=1e-4)
+        assert losses[2][name].decibels - losses[1][name].decibels == pytest.approx(24, abs=4)
+    with pytest.raises(QuantizationError, match="no layer"):
+        layer_losses(nn.Sequential(nn.ReLU()), quantize_model(model).model)
+
+
 def test_training_and_baking() -> None:
     model, x = net(), images()
     changes = qat_prepare(model, {"bits": 3, "granularity": "channel", "dynamic": True}, skip=["5"])
@@ -314,6 +357,12 @@ def test_what_cannot_be_quantized_is_refused() -> None:
     q(torch.randn(3, 3))
     with pytest.raises(QuantizationError, match="tiles"):
         q(torch.randn(4, 3))
+    with pytest.raises(QuantizationError, match="meta"):
+        quantize_model(nn.Sequential(nn.Linear(4, 4, device="meta")))
+    assert "empty" in quantize_model(nn.Sequential(nn.Linear(0, 4), nn.Linear(4, 4))).left["0"]
+    assert "no shape" in quantize_model(nn.Sequential(nn.LazyLinear(4), nn.Linear(4, 4))).left["0"]
+    prepared = qat_prepare(model, LSQ(4)).model
+    assert all("parametrized" in why for why in quantize_model(prepared).left.values())
     with torch.no_grad():
         model[4].weight[0, 0] = torch.nan
     with pytest.raises(QuantizationError, match=r"4\.weight"):

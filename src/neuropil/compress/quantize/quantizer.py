@@ -172,6 +172,11 @@ class Quantizer(FakeQuantizer):
     def _new_observer(self) -> Observer:
         return Observer(self.observer, self.percentile, self.momentum)
 
+    @property
+    def calibrated(self) -> bool:
+        """Whether it has a grid, or has seen what makes one."""
+        return self.scale is not None or self._seen is not None
+
     def freeze(self) -> None:
         """Find the grid from what was observed, and forget that. Raises QuantizationError where nothing was."""
         if self._seen is None:
