@@ -60,7 +60,8 @@ def layers(model: nn.Module, skip: Iterable[str] = ()) -> tuple[dict[str, nn.Mod
     """The layers whose weights can be quantized, by name, and why each other module with a matrix cannot.
 
     `skip` holds names, or patterns with * and ?. Tied layers are skipped together.
-    Raises QuantizationError where a model is compressed already, or a weight holds NaN or infinity (named).
+    Raises QuantizationError, naming it, where a layer is compressed already, a weight holds NaN or infinity or is made
+    by a hook.
     """
     patterns = tuple(skip)
     found: dict[str, nn.Module] = {}
@@ -76,6 +77,11 @@ def layers(model: nn.Module, skip: Iterable[str] = ()) -> tuple[dict[str, nn.Mod
             large = [key for key, dims in shapes.items() if dims > 1]
             if large and not isinstance(module, parametrize.ParametrizationList | FakeQuantizer):
                 left[name] = f"{type(module).__name__} is no layer that can be quantized ({', '.join(large)})"
+        elif "weight" not in module._parameters:
+            raise QuantizationError(
+                f"{name}.weight is made by a hook (pruned or normalised by torch), so the model cannot be copied; make "
+                "it a parameter first (torch.nn.utils.prune.remove, torch.nn.utils.remove_weight_norm)"
+            )
         elif isinstance(module.weight, nn.parameter.UninitializedParameter):
             left[name] = "its weight has no shape yet; run the model once"
         elif not weight_of(module).numel():

@@ -95,8 +95,7 @@ class Quantizer(FakeQuantizer):
     observer: "minmax", "moving", "percentile", "mse", "entropy"; of the uniform schemes (the others fit their levels).
     rounding: "nearest" or "stochastic" (torch's global generator).
     gradient: "clipped", the straight-through gradient of numbers within half a step of the grid only (as
-        `torch.fake_quantize_per_tensor_affine` has it), or "identity". Levels
-        have no end at which to clip: always "identity".
+        `torch.fake_quantize_per_tensor_affine` has it), or "identity", as it always is for levels.
     dynamic: whether every tensor has a grid of its own.
     percentile, momentum: of the observers of these names.
     scale_dtype: of scales, zero points and levels: "float32", or "float16" or "bfloat16", which take half the bytes and
