@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from neuropil import models
+from neuropil import data, evaluate, models
 from neuropil.compress import prune_neurons, remove_neurons
 from neuropil.compress.structured import neuron_scores
 from neuropil.neurons import clamp, find_sites
@@ -75,6 +75,29 @@ def test_scores_do_not_see_scale_moved_between_reading_and_writing() -> None:
     after = neuron_scores(model)
     name = next(iter(before))
     torch.testing.assert_close(after[name], before[name])
+
+
+def test_scores_on_data_are_the_size_of_what_is_added() -> None:
+    model, x = perceptron(), torch.randn(50, 8)
+    first = find_sites(model)[0]
+    h = model[1](model[0](x))
+    wanted = h.square().mean(0).sqrt() * model[2].weight.norm(dim=0)
+    torch.testing.assert_close(neuron_scores(model, x.split(20))[first.name], wanted.detach())
+    with pytest.raises(ValueError, match="empty"):
+        neuron_scores(model, [])
+
+
+def test_a_language_model_needs_the_data() -> None:
+    """Neurons of small weights that fire strongly hold the model together."""
+    loaded = models.load("smollm2")
+    model, texts = loaded.module(), data.text("brown")
+    test = evaluate.windows(texts.test, loaded.tokenizer, 128, limit=2)
+    calibration = evaluate.windows(texts.train, loaded.tokenizer, 128, limit=2)
+    example = {"input_ids": test[0][:, :6], "use_cache": False}
+    blind, seen = (prune_neurons(model, 0.1, example, data=d).model for d in (None, calibration))
+    dense, without, with_data = (evaluate.perplexity(net, test).value for net in (model, blind, seen))
+    assert with_data < 2 * dense
+    assert without > 10 * with_data
 
 
 def test_bad_input() -> None:

@@ -65,9 +65,10 @@ def compress(
         raise typer.BadParameter(f"{out} exists and is not empty; choose another folder.", param_hint="--out")
     loaded = load_model(model)
     whole = loaded.module()
-    data = _data(loaded) if evaluate or recipes.RECIPES[method].data else None
+    wanted = recipes.RECIPES[method].data != "none"
+    data = _data(loaded) if evaluate or wanted else None
     settings: dict[str, Any] = {"bits": bits, "group": group, "sparsity": sparsity, "skip": tuple(skip or ())}
-    calibration = data[0] if data is not None and recipes.RECIPES[method].data else None
+    calibration = data[0] if data is not None and wanted else None
     try:
         with interruptible(lambda: "Stopped; nothing was written."):
             changes = recipes.compress(whole, method, calibration=calibration, example=_example(loaded), **settings)
@@ -87,7 +88,7 @@ def compress(
         }
         facts["written"] = str(save_packed(changes.model, out, tokenizer=loaded.tokenizer, about=about))
     if atlas is not None:
-        facts["columns"] = _add_columns(atlas, loaded, changes, method, settings)
+        facts["columns"] = _add_columns(atlas, loaded, changes, method, settings, calibration)
     output.as_json(facts) if as_json else _show(facts, changes, out)
 
 
@@ -191,7 +192,9 @@ def _narrowed(model: Any, dtype: Any) -> Any:
     return copy.deepcopy(model).to(dtype)
 
 
-def _add_columns(path: Path, loaded: Model, changes: Changes, method: str, settings: dict[str, Any]) -> list[str]:
+def _add_columns(
+    path: Path, loaded: Model, changes: Changes, method: str, settings: dict[str, Any], calibration: Any
+) -> list[str]:
     from neuropil.atlas import Atlas
     from neuropil.compress.columns import compression_columns, importance_columns
     from neuropil.compress.structured import neuron_scores
@@ -200,7 +203,7 @@ def _add_columns(path: Path, loaded: Model, changes: Changes, method: str, setti
     prefix = method if size is None else f"{method}{size}".replace("0.", "0")
     if method == "neurons":
         share = 0.5 if settings["sparsity"] is None else settings["sparsity"]
-        columns = importance_columns(neuron_scores(loaded.module()), share, prefix)
+        columns = importance_columns(neuron_scores(loaded.module(), calibration), share, prefix)
     else:
         columns = compression_columns(loaded, changes.model, prefix)
     Atlas.open(path).close()  # it must be there: here none is begun

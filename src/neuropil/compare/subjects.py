@@ -121,7 +121,12 @@ def vision_model(name: str) -> Any:
 
     common: dict[str, Any] = {"num_channels": 1, "num_labels": 10, "image_size": 28}
     if name == "resnet":
-        sizes = {"embedding_size": 32, "hidden_sizes": [32, 64, 128], "depths": [2, 2, 2], "layer_type": "basic"}
+        sizes: dict[str, Any] = {
+            "embedding_size": 32,
+            "hidden_sizes": [32, 64, 128],
+            "depths": [2, 2, 2],
+            "layer_type": "basic",
+        }
         return ResNetForImageClassification(ResNetConfig(**common, **sizes))
     swin: dict[str, Any] = {"patch_size": 2, "embed_dim": 24, "depths": [2, 2], "num_heads": [2, 4], "window_size": 7}
     return SwinForImageClassification(SwinConfig(**common, **swin, drop_path_rate=0.0))

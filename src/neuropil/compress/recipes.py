@@ -46,7 +46,7 @@ class Recipe:
     takes: tuple[str, ...]
     apply: Callable[[nn.Module, Settings], Changes]
     slug: str | None = None
-    data: bool = False
+    data: str = "none"  # "needed", "used" where it is given, or "none"
 
 
 def _granularity(settings: Settings) -> Any:
@@ -86,7 +86,7 @@ def _magnitude(model: nn.Module, settings: Settings) -> Changes:
 def _neurons(model: nn.Module, settings: Settings) -> Changes:
     if settings.example is None:
         raise ValueError("neurons: taking neurons out needs one input of the model (example=...)")
-    return prune_neurons(model, _sparsity(settings), settings.example, skip=settings.skip)
+    return prune_neurons(model, _sparsity(settings), settings.example, data=settings.calibration, skip=settings.skip)
 
 
 def _sparsity(settings: Settings) -> float:
@@ -98,7 +98,7 @@ RECIPES: dict[str, Recipe] = {
     "ternary": Recipe("-1, 0 and 1 times a scale", ("group",), _ternary, "quantization-survey"),
     "binary": Recipe("-1 and 1 times a scale", ("group",), _binary, "quantization-survey"),
     "magnitude": Recipe("the smallest weights zero, kept as a bit map", ("sparsity",), _magnitude),
-    "neurons": Recipe("the weakest neurons taken out, tensors smaller", ("sparsity",), _neurons),
+    "neurons": Recipe("the weakest neurons taken out, tensors smaller", ("sparsity",), _neurons, data="used"),
 }
 
 
@@ -130,7 +130,7 @@ def compress(
     if foreign := [name for name in given if name not in recipe.takes]:
         takes = ", ".join(recipe.takes) or "no settings"
         raise ValueError(f"{method} takes {takes}; it takes no {' and no '.join(foreign)}")
-    if recipe.data and not batches:
+    if recipe.data == "needed" and not batches:
         raise ValueError(f"{method} needs calibration data: give at least one batch")
     if any(is_packed(module) for module in model.modules()):
         raise ValueError("the model is compressed already; give it as it was before")

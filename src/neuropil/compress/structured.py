@@ -2,10 +2,11 @@
 
 `remove_neurons` takes out the neurons that you name; `prune_neurons` those with the lowest scores, by default
 
-    s_i = ‖w_i^down‖ · Π_role ‖w_i^role‖
+    s_i = ‖w_i^down‖ · sqrt(E h_i²)        and without data        s_i = ‖w_i^down‖ · Π_role ‖w_i^role‖
 
-the product of the norms of the weights by which neuron i reads and writes (for a rectified or linear neuron the
-size of what it can add to the output, whatever scale is moved between its reading and writing weights). The removal
+the size of what neuron i adds to the output, h_i its activation on the data, or the product of the norms of the
+weights by which it reads and writes. Neither changes when scale is moved between the two. Language models need the
+data: in them a few neurons of small weights fire so strongly that the model falls apart without them. The removal
 itself, through batch norms and whatever else is tied to a neuron, is done by the library `torch-pruning`.
 
 >>> import torch
@@ -26,7 +27,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -35,23 +36,44 @@ from torch import Tensor, nn
 
 from neuropil.changes import Changes
 from neuropil.errors import MissingExtra
+from neuropil.evaluate import evaluating
 from neuropil.models import load
-from neuropil.neurons import Site, find_sites
+from neuropil.neurons import Site, capture, find_sites
 from neuropil.packed import is_packed
 
 Example = Tensor | tuple[Tensor, ...] | Mapping[str, Any]
 
 
-def neuron_scores(model: nn.Module) -> dict[str, Float[Tensor, " width"]]:
-    """Site name -> the product of the norms of each neuron's reading and writing weights."""
+def neuron_scores(model: nn.Module, data: Iterable[Example] | None = None) -> dict[str, Float[Tensor, " width"]]:
+    """Site name -> the score s_i of each neuron (see above); `data` are inputs that the model takes, one at a time."""
     weights = load(model)
+    fires = None if data is None else _root_mean_square(model, data)
     found = {}
     for site in weights.sites:
-        score = torch.ones(site.width)
-        for role in (*site.reads, *(("down",) if site.write is not None else ())):
+        score = torch.ones(site.width) if fires is None else fires[site.name]
+        roles = (*(site.reads if fires is None else ()), *(("down",) if site.write is not None else ()))
+        for role in roles:
             score = score * weights.rows(site, role).norm(dim=1)
         found[site.name] = score
     return found
+
+
+@torch.no_grad()
+def _root_mean_square(model: nn.Module, data: Iterable[Example]) -> dict[str, Tensor]:
+    """sqrt(E h²) of every neuron, over all places and inputs."""
+    sums: dict[str, Tensor] = {}
+    counts: dict[str, int] = {}
+    with evaluating(model):
+        for example in data:
+            with capture(model) as seen:
+                _logits(model, example)
+            for name, h in seen.items():
+                flat = h.reshape(-1, h.shape[-1]).double()
+                sums[name] = sums.get(name, 0.0) + flat.square().sum(0)
+                counts[name] = counts.get(name, 0) + len(flat)
+    if not sums:
+        raise ValueError("neuron_scores(data=...): the data is empty; give at least one input")
+    return {name: (total / counts[name]).sqrt().float() for name, total in sums.items()}
 
 
 def prune_neurons(
@@ -60,16 +82,18 @@ def prune_neurons(
     example: Example,
     *,
     scores: Mapping[str, Float[Tensor, " width"]] | None = None,
+    data: Iterable[Example] | None = None,
     skip: Sequence[str] = (),
 ) -> Changes:
     """A copy without the given share of every site's neurons, those with the lowest scores (see `remove_neurons`).
 
-    `scores` has one number a neuron by site name; a site that it does not name, or that `skip` names, is left.
+    `scores` has one number a neuron by site name; a site that it does not name, or that `skip` names, is left. Without,
+    they are `neuron_scores(model, data)`.
     Raises ValueError for a share outside [0, 1).
     """
     if not 0 <= share < 1:
         raise ValueError(f"prune_neurons(share={share}): expected a share of the neurons in [0, 1)")
-    scores = neuron_scores(model) if scores is None else scores
+    scores = neuron_scores(model, data) if scores is None else scores
     gone: dict[str, list[int]] = {}
     for site in find_sites(model):
         if site.name in scores and site.name not in skip:
