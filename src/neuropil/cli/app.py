@@ -33,6 +33,7 @@ ORDER = [
     "query",
     "diff",
     "clamp",
+    "compare",
     "compress",
     "coverage",
     "law",
