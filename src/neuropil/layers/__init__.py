@@ -1,6 +1,7 @@
 """Other kinds of neuron."""
 
 from neuropil.layers.bspline_kan import BSplineKAN
+from neuropil.layers.compander import WeightCompander, compand
 from neuropil.layers.kat import (
     GRKAN,
     KAT,
@@ -39,7 +40,9 @@ __all__ = [
     "LayerNormLinear",
     "LayerNormRNN",
     "LayerNormRNNCell",
+    "WeightCompander",
     "add_layer_norm",
+    "compand",
     "fit_rational",
     "kat_base",
     "kat_small",
