@@ -352,7 +352,12 @@ def test_skipping_and_what_is_left() -> None:
     changes = compand(model, skip=lambda name, module: name == "0")
     assert changes.changed == ("4",)
     assert changes.left["0"] == "skipped"
-    assert "all 0" in changes.left["6"]
+    assert changes.left["6"] == "its weight is all 0 and sets no bound; give a and b"
+    other = net()
+    nn.init.zeros_(other[0].weight[2])
+    assert compand(other, per="channel").left == {
+        "0": "its weight has channels that are all 0 and sets no bound; give a and b"
+    }
     assert [name for name, *_ in companders(model)] == ["4.weight"]
 
 
@@ -547,8 +552,13 @@ def test_weights_that_cannot_be_companded() -> None:
         WeightCompander().right_inverse(torch.ones(3, 3, dtype=torch.int64))
     with pytest.raises(ValueError, match="all 0"):
         WeightCompander().right_inverse(torch.zeros(3, 3))
-    with pytest.raises(ValueError, match=r"4: \d+ of 1920 weights exceed 0\.95 of the bound"):
-        compand(net(), bound_std=1.5, beyond="raise", skip=lambda name, module: name == "0")
+    model = net()
+    with torch.no_grad():
+        model[4].weight[3, 5] = 9.0
+    with pytest.raises(ValueError, match=r"4: 1 of 1920 weights exceed 0\.95 of the bound"):
+        compand(model, bound_std=4.0, beyond="raise")
+    assert model.state_dict().keys() == net().state_dict().keys(), "nothing is changed by half"
+    assert torch.equal(model[0].weight, net()[0].weight)
     model = net()
     compand(model)
     with pytest.raises(ValueError, match=r"0\.weight.* companded already"):

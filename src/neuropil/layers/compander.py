@@ -107,11 +107,13 @@ def compand(
         whole.calibrate(torch.cat([getattr(m, t).detach().flatten() for (_, m, t), *_ in groups]))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # said once, above
-        for group in groups:
+        for (name, module, tensor), *_ in groups:  # a trial, so that nothing is changed where one of them refuses
             try:
-                _register(group, settings, whole if shared else None)
+                _made(settings, whole if shared else None).right_inverse(getattr(module, tensor).detach())
             except ValueError as error:
-                raise ValueError(f"{group[0][0]}: {error}") from error
+                raise ValueError(f"{name}: {error}") from error
+        for group in groups:
+            _register(group, _made(settings, whole if shared else None))
     return Changes(model, tuple(dict.fromkeys(name for group in groups for name, *_ in group)), left)
 
 
@@ -270,8 +272,10 @@ def _unfit(module: nn.Module, tensor: str, step: WeightCompander) -> str:
     weight = getattr(module, tensor).detach()
     if not weight.is_floating_point():
         return f"its {tensor} is of {weight.dtype}"
-    if step.given[0] is None and not bool(weight.any()):
-        return f"its {tensor} is all 0 and sets no bound; give a and b"
+    parts = weight.flatten(1) if step.per == "channel" else weight.flatten().unsqueeze(0)
+    if step.given[0] is None and not bool(parts.any(1).all()):
+        which = "has channels that are" if step.per == "channel" else "is"
+        return f"its {tensor} {which} all 0 and sets no bound; give a and b"
     if parametrize.is_parametrized(module, tensor) and not all(
         hasattr(other, "right_inverse") for other in _chain(module, tensor)
     ):
@@ -279,11 +283,16 @@ def _unfit(module: nn.Module, tensor: str, step: WeightCompander) -> str:
     return ""
 
 
-def _register(group: list[Owner], settings: dict[str, Any], whole: WeightCompander | None) -> None:
-    (_, module, tensor), *others = group
+def _made(settings: dict[str, Any], whole: WeightCompander | None) -> WeightCompander:
+    """A compander for one tensor, with the scales of `whole` if there is one."""
     step = WeightCompander(**settings)
     if whole is not None:
         step.log_a, step.log_b, step.calibrated, step.shared = whole.log_a, whole.log_b, True, True
+    return step
+
+
+def _register(group: list[Owner], step: WeightCompander) -> None:
+    (_, module, tensor), *others = group
     weight = getattr(module, tensor).detach().clone()
     outer = parametrize.is_parametrized(module, tensor)
     if outer:  # torch does not invert the chain that is there; the weights it makes are put through it below
