@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tiny_models import llama
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.nn.utils import parametrizations, parametrize, prune
@@ -437,6 +438,20 @@ def test_a_weight_shared_with_an_embedding_is_left() -> None:
     assert changes.changed == ("1",)
     assert "shared with 0" in changes.left["2"]
     assert torch.equal(model[0].weight, before)
+
+
+def test_a_language_model_with_tied_embeddings() -> None:
+    model = llama(tied=True)
+    tokens = torch.arange(12).reshape(2, 6)
+    before = model(tokens).logits
+    changes = compand(model, bound_std=6.0)
+    assert len(changes.changed) == 2 * 7  # q, k, v, o, gate, up and down in each of two blocks
+    assert list(changes.left) == ["lm_head"]
+    torch.testing.assert_close(model(tokens).logits, before, rtol=1e-4, atol=1e-5)
+    model(tokens, labels=tokens).loss.backward()
+    assert all(bool(variable(module).grad.any()) for _, module, *_ in companders(model))
+    fold(model)
+    assert model.state_dict().keys() == llama(tied=True).state_dict().keys()
 
 
 @pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU, nn.LSTMCell])
