@@ -103,7 +103,7 @@ class Powerprop(nn.Module):
     """w = v |v|^(p - 1), Schwarz et al. 2021: flat at zero, so that small weights stay small."""
 
     def forward(self, v: Tensor) -> Tensor:
-        return v * v.abs().pow(POWER - 1)
+        return v.sign() * v.abs().pow(POWER)  # as v |v|^(p - 1), whose gradient is NaN at 0
 
     def right_inverse(self, weight: Tensor) -> Tensor:
         return weight.sign() * weight.abs().pow(1 / POWER)
@@ -288,7 +288,7 @@ def figure(report: Report) -> Figure:
             panel.set_xlabel(f"{metric} ({report.row(PLAIN, f'{kind}: {metric}').unit})")
             if panel is not line[0]:
                 panel.set_yticklabels([])
-        line[0].set_title(f"{kind} network", loc="left", fontsize="medium")
+        line[0].set_title(TITLES[kind], loc="left", fontsize="medium")
     images = report.settings["images"]
     out.suptitle(
         f"weight-compander, {images:,} images of {report.settings['data']}: {report.verdict}", fontsize="medium"
