@@ -50,11 +50,11 @@ DEVIATIONS = (
 )
 NOTES = (
     "Grid: learning rate 0.01, 0.03 or 0.1 for the perceptron (0.03, 0.1 or 0.3 with powerpropagation, which likes it "
-    "higher), 0.1 to 0.8 for the convolutional network (0.05 to 0.4 with learned scales, which like it lower), x weight "
-    "decay 0, 0.0005, 0.002 or 0.008 (not the last at 0.8); mean of seeds 100 and 101, judged on training images 50,000 "
-    "to 55,000. The plain network without decay has the best rate of the same grid.",
-    "Part of the change of the histograms is there before training: the bound clips the normal distribution that weights "
-    "begin with.",
+    "higher), 0.1 to 0.8 for the convolutional network (0.05 to 0.4 with learned scales, which like it lower), x "
+    "weight decay 0, 0.0005, 0.002 or 0.008 (not the last at 0.8); mean of seeds 100 and 101, judged on training "
+    "images 50,000 to 55,000. The plain network without decay has the best rate of the same grid.",
+    "Part of the change of the histograms is there before training: the bound clips the normal distribution that "
+    "weights begin with.",
     "What tuning showed, and the likely reason for a missing gain: the slope acts as a higher learning rate, which a "
     "tuned plain network has already; the bound stops weights that come near it, and where batch normalisation follows "
     "a large weight is no sign of overfitting, as the layer's scale is taken out.",
