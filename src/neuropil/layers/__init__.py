@@ -1,6 +1,7 @@
 """Other kinds of neuron."""
 
 from neuropil.layers.bspline_kan import BSplineKAN
+from neuropil.layers.compander import WeightCompander, compand
 from neuropil.layers.kat import (
     GRKAN,
     KAT,
@@ -31,12 +32,7 @@ from neuropil.layers.random_features import (
     diagnose_random_features,
     suggest_scale,
 )
-from neuropil.layers.ridgelet import (
-    Spectrum,
-    required_bandwidth,
-    ridgelet_transform,
-    spectrum_mass_outside,
-)
+from neuropil.layers.ridgelet import Spectrum, required_bandwidth, ridgelet_transform, spectrum_mass_outside
 
 __all__ = [
     "GRKAN",
@@ -57,8 +53,10 @@ __all__ = [
     "RandomFeatureRegressor",
     "RandomFeatures",
     "Spectrum",
+    "WeightCompander",
     "add_layer_norm",
     "bandlimit_lower_bound",
+    "compand",
     "diagnose_random_features",
     "fit_rational",
     "kat_base",
