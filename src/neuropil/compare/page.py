@@ -134,8 +134,8 @@ def _annotate(ax: Any, shown: Sequence[Line], along: str) -> None:
     for number, line in enumerate(ordered):
         right = number % 2 == 0
         ax.annotate(
-            line.arm, (_place(line, along), line.quality), xytext=(7 if right else -7, 3), textcoords="offset points", fontsize=7,
-            ha="left" if right else "right", color=KINDS[line.kind],
+            line.arm, (_place(line, along), line.quality), xytext=(7 if right else -7, 3), textcoords="offset points",
+            fontsize=7, ha="left" if right else "right", color=KINDS[line.kind],
         )  # fmt: skip
 
 
