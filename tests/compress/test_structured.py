@@ -65,6 +65,18 @@ def test_a_language_model() -> None:
     assert find_sites(model)[0].width == 1536
 
 
+def test_sites_that_a_residual_connection_ties_lose_the_same_neurons() -> None:
+    from transformers import ResNetConfig, ResNetForImageClassification
+
+    torch.manual_seed(0)
+    sizes = {"hidden_sizes": [8, 16], "depths": [2, 1], "layer_type": "basic", "num_channels": 1}
+    model = ResNetForImageClassification(ResNetConfig(embedding_size=8, **sizes)).eval()
+    x = torch.randn(2, 1, 28, 28)
+    changes = prune_neurons(model, 0.5, x)
+    assert changes.model(x).logits.shape == model(x).logits.shape
+    assert [site.width for site in find_sites(changes.model)] == [site.width // 2 for site in find_sites(model)]
+
+
 def test_scores_do_not_see_scale_moved_between_reading_and_writing() -> None:
     model = perceptron()
     before = neuron_scores(model)

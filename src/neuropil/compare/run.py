@@ -110,19 +110,19 @@ def measure(arm: Arm, subject: Subject) -> Outcome:
     seconds = time.perf_counter() - started
     kept = size(model)
     memory = _memory(arm, subject, model) if subject.language and subject.seed == SEEDS[0] else None
-    runs = _as_it_runs(arm, model)
+    runs = _as_it_runs(arm, subject, model)
     quality = subject.quality(runs)
     speed = subject.rate(runs) / subject.rate(subject.model)
     return Outcome(subject.name, arm.name, subject.seed, quality, kept, speed, memory, seconds)
 
 
-def _as_it_runs(arm: Arm, model: nn.Module) -> nn.Module:
-    """In bfloat16 where there are kernels for it; else with its weights made dense once."""
+def _as_it_runs(arm: Arm, subject: Subject, model: nn.Module) -> nn.Module:
+    """A language model in bfloat16 where there are kernels for it; else with its weights made dense once."""
     packed = any(True for _ in packed_modules(model))
     if not packed:
         return model
     model = copy.deepcopy(model)
-    if arm.kernel:
+    if arm.kernel and subject.language:
         return model.to(torch.bfloat16)
     unpack(model)
     return model

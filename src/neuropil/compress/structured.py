@@ -148,10 +148,13 @@ def _remove(model: nn.Module, gone: Mapping[Site, list[int]], example: Example) 
         warnings.simplefilter("ignore")  # of parameters outside modules, which no neuron of a site touches
         graph = torch_pruning.DependencyGraph().build_dependency(model, example, forward_fn=_logits)
     left: dict[str, str] = {}
+    done: set[nn.Module] = set()
     for site, indices in gone.items():
         weight = next(iter(site.reads.values()))
         owner = weight.name.rpartition(".")[0]
         layer = model.get_submodule(owner)
+        if layer in done:  # a residual connection ties its neurons to those of an earlier site, which are gone
+            continue
         if weight.start or weight.step != 1 or weight.expert is not None or weight.axis != 0:
             left[owner] = "its neurons share one parameter with others (fused or experts)"
             continue
@@ -159,6 +162,7 @@ def _remove(model: nn.Module, gone: Mapping[Site, list[int]], example: Example) 
         if not graph.check_pruning_group(group):
             left[owner] = "torch-pruning finds that a layer would be left empty"
             continue
+        done |= {each.dep.target.module for each in group if graph.is_out_channel_pruning_fn(each.dep.handler)}
         group.prune()
     for parameter in model.parameters():
         parameter.grad = None
