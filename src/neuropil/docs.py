@@ -50,6 +50,9 @@ PROMISES: dict[str, tuple[str, str, str]] = {
 }
 
 
+MANY = 12  # variants that a cell of the results table still holds
+
+
 class DocsError(NeuropilError):
     """A marker without its partner, or a block that nobody writes."""
 
@@ -167,7 +170,10 @@ class Docs:
         for report in self.reports():
             figure = _link(report.slug, self.results / f"{report.slug}.png", place)
             said = "<br>".join(map(_cell, report.paper_says)) or "no figure"
-            measured = "<br>".join(_cell(_row_text(row)) for row in _headline(report))
+            head = _headline(report)
+            measured = "<br>".join(_cell(_row_text(row)) for row in head)
+            if len(head) > MANY:
+                measured = f"{len(head)} variants: {_link('its page', self.pages / f'{report.slug}.md', place)}"
             rows.append([figure, _cell(report.claim), said, measured, f"**{report.verdict}**"])
         if not rows:
             return "No claim has been re-run yet.\n"

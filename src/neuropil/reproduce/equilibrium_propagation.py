@@ -70,8 +70,8 @@ NOTES = (
     "2,000 updates are a thirtieth of the paper's: the order of the arms at the end of the paper's training is not "
     "tested here.",
     "Tests (2) to (4) pass in every seed. Test (1) fails in seed 0 alone: there even the radius 0.02 crosses such a "
-    "border, and the errors grow with the nudges instead of falling; in the other two seeds six nudges leave less than a "
-    "thousandth of one nudge's error.",
+    "border, and the errors grow with the nudges instead of falling; in the other two seeds six nudges leave less than "
+    "a thousandth of one nudge's error.",
 )
 SEEDS: dict[Scale, tuple[int, ...]] = {"smoke": (0,), "default": (0, 1, 2), "paper": (0, 1, 2, 3, 4)}
 # T1, T2: free and nudged steps in training; settle: steps of each phase in part A. A learning rate of 0: see TUNED.
