@@ -49,6 +49,9 @@ def test_a_convolutional_net_with_batch_norm() -> None:
     changes = prune_neurons(model, 0.25, x)
     shapes = {name: tuple(p.shape) for name, p in changes.model.named_parameters() if p.dim() > 1}
     assert shapes == {"0.weight": (6, 1, 3, 3), "3.weight": (6, 6, 3, 3), "7.weight": (3, 96)}
+    h = model[:3](x)
+    wanted = h.square().mean((0, 2, 3)).sqrt() * model[3].weight.transpose(0, 1).flatten(1).norm(dim=1)
+    torch.testing.assert_close(next(iter(neuron_scores(model, [x]).values())), wanted.detach())
     kept = {n: sorted(neuron_scores(model)[n].argsort()[2:].tolist()) for n in neuron_scores(model)}
     first = next(iter(kept.values()))
     assert torch.equal(changes.model.get_parameter("0.weight"), model.get_parameter("0.weight")[first])

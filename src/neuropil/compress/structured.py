@@ -63,12 +63,13 @@ def _root_mean_square(model: nn.Module, data: Iterable[Example]) -> dict[str, Te
     """sqrt(E h²) of every neuron, over all places and inputs."""
     sums: dict[str, Tensor] = {}
     counts: dict[str, int] = {}
+    axes = {site.name: site.tap.axis for site in find_sites(model)}
     with evaluating(model):
         for example in data:
             with capture(model) as seen:
                 _logits(model, example)
             for name, h in seen.items():
-                flat = h.reshape(-1, h.shape[-1]).double()
+                flat = h.movedim(axes[name], -1).flatten(0, -2).double()
                 sums[name] = sums.get(name, 0.0) + flat.square().sum(0)
                 counts[name] = counts.get(name, 0) + len(flat)
     if not sums:
