@@ -546,6 +546,9 @@ def test_prompts_that_say_nothing() -> None:
             out = continued(model, ids(1), ids(2))
         assert not core.cores
     assert torch.equal(out, continued(model, ids(1), ids(2)))
+    cache = model(ids(), use_cache=True).past_key_values
+    with pytest.warns(UserWarning, match="before the block"), CoreInfer(model, layers=ALL):
+        model(ids(1), past_key_values=cache)
     with pytest.raises(ValueError, match="empty"):
         core_neurons(model, torch.zeros(1, 0, dtype=torch.long))
     with pytest.warns(UserWarning, match="no pass used a cache"), CoreInfer(model, layers=ALL):

@@ -232,6 +232,12 @@ class CoreInfer:
             self._read_prompt(given, self._argument("attention_mask", args, kwargs))
             return
         self._steps += 1
+        if not self._prompts and self._steps == 1:
+            warnings.warn(
+                "the cache was filled before the block, so the prompt is not known and the answer is dense; "
+                "read the prompt inside",
+                stacklevel=4,
+            )
         if self.refresh_every and self.cores:
             if self._decoded() >= self.refresh_every:
                 self._refresh()
