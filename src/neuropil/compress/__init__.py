@@ -1,13 +1,25 @@
 """Which can go, in how few bits?"""
 
+from neuropil.compress.dimap import dimap_masks, dimap_neuron_scores, dimap_prune, dimap_prune_neurons, dimap_scores
 from neuropil.compress.granet import GraNet
+from neuropil.compress.masks import bake_masks, hold_masks
+from neuropil.compress.operations import Operations, count_operations
 from neuropil.compress.plasticity import Plasticity, pruning_plasticity
 from neuropil.compress.sparse import pack_sparse, prune_magnitude
 from neuropil.compress.structured import neuron_scores, prune_neurons, remove_neurons
 
 __all__ = [
     "GraNet",
+    "Operations",
     "Plasticity",
+    "bake_masks",
+    "count_operations",
+    "dimap_masks",
+    "dimap_neuron_scores",
+    "dimap_prune",
+    "dimap_prune_neurons",
+    "dimap_scores",
+    "hold_masks",
     "neuron_scores",
     "pack_sparse",
     "prune_magnitude",
