@@ -1,5 +1,7 @@
 """Which can go, in how few bits?"""
 
+from neuropil.compress.activating import ActivateWhilePruning
+from neuropil.compress.dead_neurons import DeadRate, DeadRates, dead_neuron_rate
 from neuropil.compress.dimap import dimap_masks, dimap_neuron_scores, dimap_prune, dimap_prune_neurons, dimap_scores
 from neuropil.compress.granet import GraNet
 from neuropil.compress.masks import bake_masks, hold_masks
@@ -9,11 +11,15 @@ from neuropil.compress.sparse import pack_sparse, prune_magnitude
 from neuropil.compress.structured import neuron_scores, prune_neurons, remove_neurons
 
 __all__ = [
+    "ActivateWhilePruning",
+    "DeadRate",
+    "DeadRates",
     "GraNet",
     "Operations",
     "Plasticity",
     "bake_masks",
     "count_operations",
+    "dead_neuron_rate",
     "dimap_masks",
     "dimap_neuron_scores",
     "dimap_prune",

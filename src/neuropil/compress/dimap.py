@@ -59,7 +59,7 @@ from neuropil.neurons import Site, find_sites
 
 def dimap_scores(
     model: nn.Module, *, modules: Modules = "auto", granularity: str = "kind", skip: Sequence[str] = ()
-) -> dict[str, Float[Tensor, ...]]:
+) -> dict[str, Float[Tensor, "*_"]]:
     r"""Parameter name -> the importance of each of its weights, 0 to 1, in double precision.
 
     Parameters
@@ -86,7 +86,7 @@ def dimap_masks(
     modules: Modules = "auto",
     granularity: str = "kind",
     skip: Sequence[str] = (),
-) -> dict[str, Bool[Tensor, ...]]:
+) -> dict[str, Bool[Tensor, "*_"]]:
     """Parameter name -> True where a weight stays when this share of all weights goes; settings as `dimap_scores`."""
     _check_share("ratio", ratio)
     weights, _ = find_weights(model, skip)

@@ -51,7 +51,7 @@ def owners(model: nn.Module, parameter: str) -> list[tuple[str, nn.Module, str]]
     ]
 
 
-def hold_masks(model: nn.Module, masks: Mapping[str, Bool[Tensor, ...]]) -> None:
+def hold_masks(model: nn.Module, masks: Mapping[str, Bool[Tensor, "*_"]]) -> None:
     """Mask these parameters (name -> True where a weight is kept) of the model, in place, until `bake_masks`.
 
     A parameter that several modules share is masked in each. Raises ModelError for a mask of another shape.
