@@ -273,7 +273,8 @@ def test_pro_trains_between_the_two() -> None:
     model = net()
     optimizer = sgd(model)
     pruning = ActivateWhilePruning(model, optimizer, every=EVERY, cycles=2, version="pro", ap_rate=0.05)
-    step, counts = stepper(model, optimizer), []
+    step, counts, ended = stepper(model, optimizer), [], []
+    pruning.cycle_end = lambda model: ended.append(sum(int((model.get_parameter(n) != 0).sum()) for n in pruning.masks))
     for t in range(1, 6 * EVERY + 1):
         step()
         pruning.step()
@@ -281,6 +282,7 @@ def test_pro_trains_between_the_two() -> None:
             counts.append(sum(pruning.counts.values()))
     assert counts == [2074 - 311, 2074 - 414, 1660 - 249, 1660 - 332, 1328, 1328]
     assert pruning.history == [(311, 103), (249, 83)]
+    assert ended == [2074, *counts[:3]], "seen when trained, before it is pruned"
 
 
 def test_too_few_negative_weights_are_given_back_to_the_base() -> None:

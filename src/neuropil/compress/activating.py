@@ -52,6 +52,7 @@ arXiv:2212.06145.
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -95,6 +96,7 @@ class ActivateWhilePruning:
     version: "lite" or "pro", see the module.
     batchnorm_sign: multiply weights by the sign of the gain of the batch norm right after their layer.
     where, kinds: which modules are masked, as for `GraNet`.
+    cycle_end: called with the trained, masked model each time before it is pruned, to test or save it.
 
     Raises ValueError for settings out of range or at odds; `ModelError` for weights that cannot be masked. Warns
     where the model shows no ReLU, without which no neuron can be woken.
@@ -115,12 +117,13 @@ class ActivateWhilePruning:
         batchnorm_sign: bool = False,
         where: Filter | None = None,
         kinds: tuple[type[nn.Module], ...] = KINDS,
+        cycle_end: Callable[[nn.Module], Any] | None = None,
         seed: int = 0,
     ) -> None:
         _check(every, cycles, base, rate, ap_rate, rewind, version)
         self.model, self.optimizer, self.base = model, optimizer, base
         self.every, self.cycles, self.rate, self.ap_rate = every, cycles, rate, ap_rate
-        self.rewind, self.version, self.seed = rewind, version, seed
+        self.rewind, self.version, self.cycle_end, self.seed = rewind, version, cycle_end, seed
         self.t = 0  # optimizer steps done
         self.history: list[tuple[int, int]] = []  # weights removed by the base method and by activation
         self._owed = 0  # what activation is still to remove in this cycle ("pro")
@@ -154,6 +157,8 @@ class ActivateWhilePruning:
         turn, rest = divmod(self.t, self.every)
         if rest or turn > self.cycles * (2 if self.version == "pro" else 1):
             return
+        if self.cycle_end is not None:
+            self.cycle_end(self.model)
         if self.version == "lite" or turn % 2:
             self._prune()
         if self.version == "lite" or turn % 2 == 0:

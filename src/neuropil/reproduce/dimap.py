@@ -228,7 +228,7 @@ def averaged(rows: Sequence[Row], name: str) -> list[float]:
 
 
 def advantage(rows: Sequence[Row]) -> tuple[str, float, float]:
-    """The best baseline, by how much DIMAP exceeds it, and the standard error: infinite for one seed, NaN if one failed."""
+    """The best baseline, by how much DIMAP exceeds it, the standard error: infinite for one seed, NaN if one failed."""
     best = max((UNIFORM, GLOBAL, LAMP), key=lambda name: statistics.fmean(averaged(rows, name)))
     pairs = [a - b for a, b in zip(averaged(rows, OURS), averaged(rows, best), strict=True)]
     if not all(map(math.isfinite, pairs)):
