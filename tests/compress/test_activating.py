@@ -521,6 +521,15 @@ def test_functions_sums_of_branches_and_held_masks() -> None:
     assert (rates.dynamic, rates.static) == (0, 0.5)
 
 
+def test_the_rectifiers_of_torch_s_transformer() -> None:
+    model = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True).eval()
+    rates = dead_neuron_rate(model, [torch.randn(3, 5, 8)])
+    assert set(rates.layers) == {"linear1"}
+    assert rates.units == 5 * 16
+    assert 0.2 < rates.dynamic < 0.8
+    assert torch.backends.mha.get_fastpath_enabled()
+
+
 def test_smooth_units_are_silent_below_a_threshold() -> None:
     model = nn.Sequential(nn.Linear(4, 6), nn.GELU())
     x = torch.randn(9, 4) * 3

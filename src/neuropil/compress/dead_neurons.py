@@ -187,6 +187,8 @@ def _named(model: nn.Module, meter: _Meter) -> ExitStack:
     for name, module in model.named_modules():
         undo.callback(module.register_forward_pre_hook(_enter(name, meter)).remove)
         undo.callback(module.register_forward_hook(_leave(name, module, meter)).remove)
+    undo.callback(torch.backends.mha.set_fastpath_enabled, torch.backends.mha.get_fastpath_enabled())
+    torch.backends.mha.set_fastpath_enabled(False)  # it goes round the rectifiers of torch's own transformer
     undo.enter_context(_Rectifiers(meter))
     return undo
 
