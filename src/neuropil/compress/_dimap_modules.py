@@ -104,6 +104,10 @@ def find_weights(model: nn.Module, skip: Sequence[str]) -> tuple[dict[str, nn.Pa
                 raise ModulesError(f"{full} holds NaN or infinity; mend the model before it is pruned")
             seen.add(id(weight))
             found[full] = weight
+    for name, module in model.named_modules():
+        others = [n for n, p in module._parameters.items() if p is not None and p.dim() > 1 and id(p) not in seen]
+        if others and not isinstance(module, parametrize.ParametrizationList):  # tables, tokens, experts in one tensor
+            left.setdefault(name, f"{', '.join(others)}: no linear map's or convolution's weight")
     return found, left
 
 
