@@ -530,6 +530,17 @@ def test_the_rectifiers_of_torch_s_transformer() -> None:
     assert torch.backends.mha.get_fastpath_enabled()
 
 
+def test_a_language_model_is_measured_by_its_arguments() -> None:
+    transformers = pytest.importorskip("transformers")
+    size = {"vocab_size": 30, "hidden_size": 16, "ffn_dim": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
+    torch.manual_seed(0)
+    config = transformers.OPTConfig(**size, word_embed_proj_dim=16, max_position_embeddings=20)
+    model = transformers.OPTForCausalLM(config)  # its perceptrons have ReLU
+    rates = dead_neuron_rate(model, [{"input_ids": torch.randint(30, (2, 7))}])
+    assert [name.rpartition(".")[2] for name in rates.layers] == ["fc1", "fc1"]
+    assert 0.2 < rates.dynamic < 0.8
+
+
 def test_smooth_units_are_silent_below_a_threshold() -> None:
     model = nn.Sequential(nn.Linear(4, 6), nn.GELU())
     x = torch.randn(9, 4) * 3

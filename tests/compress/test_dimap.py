@@ -558,6 +558,17 @@ def test_operations_of_a_swin_with_its_attention() -> None:
     assert not any(module._forward_hooks for module in model.modules())
 
 
+def test_operations_of_a_language_model() -> None:
+    model, ids = llama(), torch.randint(40, (1, 7))
+    found = count_operations(model, {"input_ids": ids})
+    weights = find_weights(model, ())[0]
+    attention = 2 * 2 * 7 * 7 * 16  # two products in each of two blocks
+    assert found.dense == 7 * sum(weight.numel() for weight in weights.values()) + attention
+    pruned = dimap_prune(model, 0.5).model
+    zeros = sum(int((pruned.get_parameter(name) == 0).sum()) for name in weights)
+    assert count_operations(pruned, (ids,)).kept == found.dense - 7 * zeros
+
+
 def test_neurons_go_by_their_summed_scores() -> None:
     model = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 2))
     scores = dimap_scores(model, granularity="layer")
