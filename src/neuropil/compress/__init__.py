@@ -1,23 +1,41 @@
 """Which can go, in how few bits?"""
 
+from neuropil.compress.activating import ActivateWhilePruning
 from neuropil.compress.core_clusters import CoreClusters
 from neuropil.compress.core_reports import semantic_similarity_report, stability_curve
 from neuropil.compress.coreinfer import CoreInfer, core_neurons, only, restrict
+from neuropil.compress.dead_neurons import DeadRate, DeadRates, dead_neuron_rate
+from neuropil.compress.dimap import dimap_masks, dimap_neuron_scores, dimap_prune, dimap_prune_neurons, dimap_scores
 from neuropil.compress.granet import GraNet
+from neuropil.compress.masks import bake_masks, hold_masks
+from neuropil.compress.operations import Operations, count_operations
 from neuropil.compress.plasticity import Plasticity, pruning_plasticity
 from neuropil.compress.quantize import Quantizer, bake, calibrate, qat_prepare, quantize_model
 from neuropil.compress.sparse import pack_sparse, prune_magnitude
 from neuropil.compress.structured import neuron_scores, prune_neurons, remove_neurons
 
 __all__ = [
+    "ActivateWhilePruning",
     "CoreClusters",
     "CoreInfer",
+    "DeadRate",
+    "DeadRates",
     "GraNet",
+    "Operations",
     "Plasticity",
     "Quantizer",
     "bake",
+    "bake_masks",
     "calibrate",
     "core_neurons",
+    "count_operations",
+    "dead_neuron_rate",
+    "dimap_masks",
+    "dimap_neuron_scores",
+    "dimap_prune",
+    "dimap_prune_neurons",
+    "dimap_scores",
+    "hold_masks",
     "neuron_scores",
     "only",
     "pack_sparse",
