@@ -1,5 +1,7 @@
 """Which can go, in how few bits?"""
 
+from neuropil.compress.biper import BiPer, BiPerConv2d, BiPerLinear, binarize_model
+from neuropil.compress.biper_error import quantization_error
 from neuropil.compress.granet import GraNet
 from neuropil.compress.plasticity import Plasticity, pruning_plasticity
 from neuropil.compress.quantize import Quantizer, bake, calibrate, qat_prepare, quantize_model
@@ -7,10 +9,14 @@ from neuropil.compress.sparse import pack_sparse, prune_magnitude
 from neuropil.compress.structured import neuron_scores, prune_neurons, remove_neurons
 
 __all__ = [
+    "BiPer",
+    "BiPerConv2d",
+    "BiPerLinear",
     "GraNet",
     "Plasticity",
     "Quantizer",
     "bake",
+    "binarize_model",
     "calibrate",
     "neuron_scores",
     "pack_sparse",
@@ -18,6 +24,7 @@ __all__ = [
     "prune_neurons",
     "pruning_plasticity",
     "qat_prepare",
+    "quantization_error",
     "quantize_model",
     "remove_neurons",
 ]
