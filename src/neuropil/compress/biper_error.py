@@ -45,9 +45,9 @@ def laplace_error(u: float, unit: bool = False) -> float:
 class SineError:
     """One layer: `absolute` is mean|sin - sign| (the authors' measure), `least` and `unit` as in the module's text.
 
-    `u` is omega mean|w|, `expected_least` and `expected_unit` what Laplace weights of this u would have, and `misfit` the
-    Kolmogorov-Smirnov distance of the magnitudes from those of Laplace weights (0.08 for normal ones): how well the
-    formula can fit.
+    `u` is omega mean|w|, `expected_least` and `expected_unit` what Laplace weights of this u would have, and `misfit`
+    the Kolmogorov-Smirnov distance of the magnitudes from those of Laplace weights (0.08 for normal ones): how well
+    the formula can fit.
     """
 
     absolute: float
