@@ -98,13 +98,19 @@ class StatsQuantizer(FakeQuantizer):
 
     def positions(self, w: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
         """n clip(w / s, -1, 1) - 1/2: where weights lie among the codes, before they are rounded."""
-        tiles, step = self.tiles(w), self.grid(w).scale
-        ratio = to_tiles(working(w), tiles) / torch.where(step > 0, step * self.side, 1.0)[..., None]
-        return from_tiles(ratio.clamp(-1, EDGE) * self.side - 0.5, tiles, w.shape)
+        tiles = self.tiles(w)
+        return from_tiles(self._positions(to_tiles(working(w), tiles), self.grid(w).scale), tiles, w.shape)
+
+    def _positions(self, tiled: Tensor, step: Tensor) -> Tensor:
+        ratio = tiled / torch.where(step > 0, step * self.side, 1.0)[..., None]
+        return ratio.clamp(-1, EDGE) * self.side - 0.5
 
     def codes(self, w: Float[Tensor, "*shape"]) -> Integer[Tensor, "*shape"]:
         """The codes, from -n to n - 1."""
-        return self.positions(w).round().clamp(-self.side, self.side - 1).int()
+        return self._codes(self.positions(w))
+
+    def _codes(self, positions: Tensor) -> Tensor:
+        return positions.round().clamp(-self.side, self.side - 1).int()
 
     def near(self, w: Float[Tensor, "*shape"], boundary: float) -> Bool[Tensor, "*shape"]:
         """Which weights lie within `boundary`, in steps between levels, of a threshold. Clipped ones are 1 away."""
@@ -114,8 +120,8 @@ class StatsQuantizer(FakeQuantizer):
     def forward(self, w: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
         if self.bits == 32:
             return w
-        tiles = self.tiles(w)
-        rounded = self.grid(w).values(to_tiles(self.codes(w), tiles))
+        tiles, grid = self.tiles(w), self.grid(w)
+        rounded = grid.values(self._codes(self._positions(to_tiles(working(w), tiles), grid.scale)))
         mask = None if self.boundary is None else self.near(w, self.boundary)
         return straight_through(w, from_tiles(rounded, tiles, w.shape).to(w.dtype), mask)
 
