@@ -1,6 +1,8 @@
 """Which can go, in how few bits?"""
 
 from neuropil.compress.activating import ActivateWhilePruning
+from neuropil.compress.biper import BiPer, BiPerConv2d, BiPerLinear, binarize_model
+from neuropil.compress.biper_error import quantization_error
 from neuropil.compress.core_clusters import CoreClusters
 from neuropil.compress.core_reports import semantic_similarity_report, stability_curve
 from neuropil.compress.coreinfer import CoreInfer, core_neurons, only, restrict
@@ -8,24 +10,37 @@ from neuropil.compress.dead_neurons import DeadRate, DeadRates, dead_neuron_rate
 from neuropil.compress.dimap import dimap_masks, dimap_neuron_scores, dimap_prune, dimap_prune_neurons, dimap_scores
 from neuropil.compress.granet import GraNet
 from neuropil.compress.masks import bake_masks, hold_masks
+from neuropil.compress.ofq import LsqActivation, StatsQuantizer
+from neuropil.compress.ofq_attention import QKRAttention
+from neuropil.compress.ofq_models import CGA, ofq_bake, ofq_quantize
 from neuropil.compress.operations import Operations, count_operations
+from neuropil.compress.oscillation import OscillationTracker
 from neuropil.compress.plasticity import Plasticity, pruning_plasticity
 from neuropil.compress.quantize import Quantizer, bake, calibrate, qat_prepare, quantize_model
 from neuropil.compress.sparse import pack_sparse, prune_magnitude
 from neuropil.compress.structured import neuron_scores, prune_neurons, remove_neurons
 
 __all__ = [
+    "CGA",
     "ActivateWhilePruning",
+    "BiPer",
+    "BiPerConv2d",
+    "BiPerLinear",
     "CoreClusters",
     "CoreInfer",
     "DeadRate",
     "DeadRates",
     "GraNet",
+    "LsqActivation",
     "Operations",
+    "OscillationTracker",
     "Plasticity",
+    "QKRAttention",
     "Quantizer",
+    "StatsQuantizer",
     "bake",
     "bake_masks",
+    "binarize_model",
     "calibrate",
     "core_neurons",
     "count_operations",
@@ -37,12 +52,15 @@ __all__ = [
     "dimap_scores",
     "hold_masks",
     "neuron_scores",
+    "ofq_bake",
+    "ofq_quantize",
     "only",
     "pack_sparse",
     "prune_magnitude",
     "prune_neurons",
     "pruning_plasticity",
     "qat_prepare",
+    "quantization_error",
     "quantize_model",
     "remove_neurons",
     "restrict",
