@@ -96,6 +96,9 @@ def wrap(
         if transposed and getattr(module, "groups", 1) > 1:
             left[name] = "a transposed convolution in groups has no matrix of neurons by inputs"
             continue
+        if parametrize.is_parametrized(module):
+            left[name] = "another of its parameters is parametrized; bake that in first"
+            continue
         if not weight.requires_grad:
             left[name] = "it is frozen (requires_grad is False)"
             continue
@@ -133,11 +136,19 @@ def bake(model: nn.Module, layers: Sequence[Layer], masks: Mapping[str, Tensor],
         twin = Layer(layer.name, module, layer.transposed)
         with torch.no_grad():
             weight = (twin.gaussian.mean(twin.original) * mask).detach().clone()
-        parametrize.remove_parametrizations(module, "weight", leave_parametrized=False)
-        module.weight = nn.Parameter(weight)
+        _plain(module, weight)
         if not bool(mask.any()):
             warnings.warn(f"{layer.name} has lost all its weights; weaken the prior or keep more", stacklevel=3)
     return Changes(made, tuple(layer.name for layer in layers), dict(left))
+
+
+def _plain(module: nn.Module, weight: Tensor) -> None:
+    """Take the parametrization off a copied module. torch's own removal would change the class that copies share."""
+    rest, plain = dict(module._parameters), parametrize.type_before_parametrizations(module)
+    del module._modules["parametrizations"]
+    module.__class__ = plain
+    module._parameters.clear()
+    module._parameters.update({"weight": nn.Parameter(weight), **rest})
 
 
 def ramp(step: int, warmup: int) -> float:

@@ -98,7 +98,9 @@ class TurboVBI:
     data_size: number of training examples; the loss must be a mean over examples of -log p(y | x).
     a, b, a_bar, b_bar: shapes and rates of the two Gamma priors; rates left out are scaled to each layer.
     every: optimizer steps between updates; a few an epoch.
-    warmup: optimizer steps in which the weight of `kl` rises to 1 and module B is silent.
+    warmup: optimizer steps in which the weight of `kl` rises to 1.
+    alone: optimizer steps before module B begins to send messages; as long as `warmup` by default. Begun too early,
+        while most weights are still there, a chain can keep all of them.
     rate: share of the way, in log-odds, that messages move at an update.
     posterior: "joint" or "factorised" q of precisions and support.
     learn: fit the prior's parameters to each layer by expectation-maximisation, a step at each update.
@@ -122,6 +124,7 @@ class TurboVBI:
         b_bar: float | None = None,
         every: int = 100,
         warmup: int = 0,
+        alone: int | None = None,
         rate: float = 0.3,
         posterior: str = "joint",
         learn: bool = False,
@@ -133,6 +136,7 @@ class TurboVBI:
         _check(prior, every, rate, posterior, learn)
         self.model, self.data_size, self.every, self.warmup = model, data_size, every, warmup
         self.rate, self.posterior, self.learn = rate, posterior, learn
+        self.alone = warmup if alone is None else alone
         self.t = 0  # optimizer steps done
         scales = _Scales(a, b, a_bar, b_bar)
         self._noise = torch.Generator(next(model.parameters()).device).manual_seed(seed)
@@ -262,7 +266,7 @@ class TurboVBI:
 
     def _listen(self, name: str, evidence: Tensor) -> None:
         """Module B: move the messages towards what the prior makes of the evidence."""
-        if self.t == 0 or self.t < self.warmup:
+        if self.t == 0 or self.t < self.alone:
             return
         if self.learn:
             self.priors[name] = self.priors[name].learned(evidence)  # type: ignore[attr-defined]
