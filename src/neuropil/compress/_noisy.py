@@ -104,7 +104,9 @@ def wrap(
             continue
         layers.append(Layer(name, module, transposed))
     if not layers:
-        raise ModelError(f"{type(model).__name__} has no linear map or convolution to train so: {left or 'none at all'}")
+        raise ModelError(
+            f"{type(model).__name__} has no linear map or convolution to train so: {left or 'none at all'}"
+        )
     for layer in layers:
         assert isinstance(layer.module.weight, Tensor)
         made = make(layer.module.weight, layer.transposed).train(layer.module.training)

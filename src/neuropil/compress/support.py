@@ -84,7 +84,9 @@ class GroupPrior:
     def __post_init__(self) -> None:
         _check("GroupPrior", density=self.density)
         if self.axis not in ("in", "out"):
-            raise ValueError(f"GroupPrior(axis={self.axis!r}): expected 'in' (a neuron's weights) or 'out' (an input's)")
+            raise ValueError(
+                f"GroupPrior(axis={self.axis!r}): expected 'in' (a neuron's weights) or 'out' (an input's)"
+            )
 
     def messages(self, evidence: Evidence) -> Evidence:
         evidence = evidence.double()
@@ -217,9 +219,7 @@ class HMMPrior:
 # ---------------------------------------------------------------------------------------------------- one chain
 
 
-def chain_messages(
-    evidence: Float[Tensor, "chains length"], p01: float, p10: float
-) -> Float[Tensor, "chains length"]:
+def chain_messages(evidence: Float[Tensor, "chains length"], p01: float, p10: float) -> Float[Tensor, "chains length"]:
     """Log-odds of every place of a stationary two-state chain, given the evidence at all other places of it."""
     before, after = _passes(evidence, p01, p10)
     return before + after
