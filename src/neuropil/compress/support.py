@@ -84,9 +84,7 @@ class GroupPrior:
     def __post_init__(self) -> None:
         _check("GroupPrior", density=self.density)
         if self.axis not in ("in", "out"):
-            raise ValueError(
-                f"GroupPrior(axis={self.axis!r}): expected 'in' (a neuron's weights) or 'out' (an input's)"
-            )
+            raise ValueError(f"GroupPrior(axis={self.axis!r}): expected 'in' (of a neuron) or 'out' (of an input)")
 
     def messages(self, evidence: Evidence) -> Evidence:
         evidence = evidence.double()

@@ -160,7 +160,7 @@ class TurboVBI:
     # --- the schedule ----------------------------------------------------------------------------
 
     def kl(self) -> Float[Tensor, ""]:
-        """What to add to the mean loss of a batch: KL(q(w) || N(0, 1/E[rho])) / data_size, times the warm-up's share."""
+        """What to add to the mean loss of a batch: KL(q(w) || N(0, 1/E[rho])) / data_size, times the warm-up."""
         total = torch.zeros((), device=self._layers[0].original.device)
         for layer in self._layers:
             precision = self._precision[layer.name]
