@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Shaped
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
@@ -60,11 +60,11 @@ class Layer:
 
     @property
     def gaussian(self) -> Gaussian:
-        held = self.module.parametrizations["weight"][0]  # type: ignore[union-attr, index]
+        held = self.module.parametrizations["weight"][0]  # type: ignore[index]
         assert isinstance(held, Gaussian)
         return held
 
-    def seen(self, weight: Float[Tensor, "*any"]) -> Float[Tensor, "neurons inputs *kernel"]:
+    def seen(self, weight: Shaped[Tensor, "..."]) -> Shaped[Tensor, "neurons inputs *kernel"]:
         """A tensor of the weight's shape with the neurons first; it is its own inverse."""
         return weight.transpose(0, 1) if self.transposed else weight
 

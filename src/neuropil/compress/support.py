@@ -141,7 +141,7 @@ class HMMPrior:
 
         Raises ValueError where no chain has both (the run of zeros would be shorter than one).
 
-        >>> HMMPrior.of(density=0.2, run=5)
+        >>> HMMPrior.of(density=0.2, run=5.0)
         HMMPrior(p01=0.05, p10=0.2, axis='in', per_kernel=False, sweeps=5)
         """
         _check("HMMPrior.of", density=density)

@@ -10,7 +10,7 @@ empty rows.
 >>> _ = torch.manual_seed(0)
 >>> x = torch.randn(256, 40); y = x[:, 10:15].sum(1, keepdim=True)
 >>> model = nn.Sequential(nn.Linear(40, 1))
->>> vbi = TurboVBI(model, HMMPrior.of(density=0.2, run=5), data_size=256, every=10, warmup=100, b=0.3, b_bar=1e-3)
+>>> vbi = TurboVBI(model, HMMPrior.of(density=0.2, run=5.0), data_size=256, every=10, warmup=100, b=0.3, b_bar=1e-3)
 >>> optimizer = torch.optim.Adam(model.parameters(), lr=0.02)  # after TurboVBI: it trains the variances too
 >>> for _ in range(400):
 ...     optimizer.zero_grad()

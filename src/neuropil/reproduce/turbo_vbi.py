@@ -83,7 +83,7 @@ OWN = (CHAINS, GRID)
 COLD = {VD: 10, GROUP: 1, INDEPENDENT: 10, CHAINS: 10, GRID: 10}
 PRIORS: dict[str, Prior] = {
     INDEPENDENT: BernoulliPrior(0.05),
-    CHAINS: HMMPrior.of(0.05, run=3),
+    CHAINS: HMMPrior.of(0.05, run=3.0),
     GRID: HMMPrior.of(0.03, run=1.3, axis="both"),
 }
 F1, NMSE = "F1 of a regression's support", "error of a regression's weights"
