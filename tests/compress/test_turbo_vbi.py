@@ -517,7 +517,7 @@ def gpt() -> nn.Module:
 @pytest.mark.parametrize(
     ("make", "x", "left"),
     [
-        (vision, torch.randn(2, 1, 8, 8), set()),
+        (vision, torch.randn(2, 1, 8, 8), {"vit.embeddings"}),
         (gpt, torch.arange(6)[None], {"lm_head", "transformer.wte", "transformer.wpe"}),
         (lambda: llama(tied=True), torch.arange(6)[None], {"lm_head", "model.embed_tokens"}),
     ],
@@ -564,6 +564,9 @@ def test_what_is_left_has_a_reason() -> None:
     assert "shared" in vbi.left["0"]
     assert "frozen" in vbi.left["2"]
     assert list(vbi.support) == ["4"]
+    attention = TurboVBI(nn.MultiheadAttention(8, 2), CHAIN, data_size=10)
+    assert "in_proj_weight" in attention.left[""]
+    assert list(attention.support) == ["out_proj"]
     reused = nn.Linear(4, 4)
     assert list(TurboVBI(nn.Sequential(reused, reused), CHAIN, data_size=10).support) == ["0"]
     assert set(TurboVBI(net(), CHAIN, data_size=10, skip=["6"]).left) >= {"6"}

@@ -64,7 +64,7 @@ class Layer:
         assert isinstance(held, Gaussian)
         return held
 
-    def seen(self, weight: Shaped[Tensor, "..."]) -> Shaped[Tensor, "neurons inputs *kernel"]:
+    def seen(self, weight: Shaped[Tensor, "*any"]) -> Shaped[Tensor, "neurons inputs *kernel"]:
         """A tensor of the weight's shape with the neurons first; it is its own inverse."""
         return weight.transpose(0, 1) if self.transposed else weight
 
@@ -103,6 +103,15 @@ def wrap(
             left[name] = "it is frozen (requires_grad is False)"
             continue
         layers.append(Layer(name, module, transposed))
+    for full, parameter in model.named_parameters():
+        owner, _, name = full.rpartition(".")
+        if (
+            parameter.dim() > 1
+            and "parametrizations" not in full
+            and owner not in left
+            and (name != "weight" or owner not in found)
+        ):
+            left[owner] = f"its parameter {name} is no linear map's or convolution's weight"
     if not layers:
         raise ModelError(
             f"{type(model).__name__} has no linear map or convolution to train so: {left or 'none at all'}"

@@ -38,7 +38,9 @@ $\hat\rho = E_q[\rho]$. Every `every` steps `step` runs the turbo iteration, clo
 * Module B: the sum-product messages of $p(s)$ given $e$ become the new $\pi$, damped.
 
 Begin from a trained network. Weights with $q(s_n{=}1) < \frac12$ go; train the rest on for a little (fine-tune) if you
-prune to another density than the posterior's own. The optimizer must have no weight decay: the prior is one.
+prune to another density than the posterior's own. The optimizer must have no weight decay: the prior is one. Variances
+(the parameters that end in `log_variance`) want a rate some ten times that of the means. With few data for many weights
+the prior outweighs them: a `data_size` some times too large (a cold posterior) keeps accuracy.
 
 Chosen where the paper leaves something open (of the paper itself only the abstract could be read; the equations are
 those of the model that it names, for real weights, so that the updates add 1/2 and $w^2/2$, not 1 and $|w|^2$):
@@ -218,6 +220,7 @@ class TurboVBI:
         state: dict[str, Any] = {"t": self.t, "noise": self._noise.get_state()}
         for name, table in (("prior", self._prior), ("odds", self._odds), ("precision", self._precision)):
             state[name] = {layer: value.clone() for layer, value in table.items()}
+        state["gammas"] = {name: asdict(gammas) for name, gammas in self._gammas.items()}  # scaled to the first weights
         if self.learn:
             state["learned"] = {name: asdict(prior) for name, prior in self.priors.items()}  # type: ignore[call-overload]
         return state
@@ -234,6 +237,7 @@ class TurboVBI:
         for name, table in (("prior", self._prior), ("odds", self._odds), ("precision", self._precision)):
             for layer, value in table.items():
                 table[layer] = state[name][layer].to(value.device, copy=True)
+        self._gammas = {layer: Gammas(**rates) for layer, rates in state["gammas"].items()}
         for layer, settings in state.get("learned", {}).items():
             self.priors[layer] = type(self.priors[layer])(**settings)
 
