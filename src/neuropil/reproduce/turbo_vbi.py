@@ -11,11 +11,13 @@ from __future__ import annotations
 import copy
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
@@ -75,6 +77,7 @@ SETTINGS: dict[Scale, dict[str, Any]] = {
 }
 BATCH, EVERY, RATE, VARIANCE_RATE = 128, 40, 1e-3, 1e-2
 DENSITIES = (0.1, 0.05)
+SHOWN = 8.0  # points of accuracy below the network before pruning that the figure shows
 MAGNITUDE, VD, GROUP = "magnitude", "sparse variational dropout", "group variational dropout"
 INDEPENDENT, CHAINS, GRID = "Turbo-VBI, independent", "Turbo-VBI, chains", "Turbo-VBI, chains both ways"
 VARIANTS = (MAGNITUDE, GROUP, VD, INDEPENDENT, CHAINS, GRID)
@@ -259,39 +262,55 @@ def verdict(rows: Sequence[Row]) -> str:
 
 
 def figure(report: Report) -> Figure:
-    """Accuracy against the length of runs and against the bits of the index at both densities; the regressions."""
-    out = Figure(figsize=(13, 4.2), layout="constrained")
+    """Accuracy, mean run and bits of the index, of every method at both densities."""
+    out = Figure(figsize=(13, 4.4), layout="constrained")
     left, middle, right = out.subplots(1, 3, width_ratios=(1.25, 1, 1))
-    _bars(left, report, accuracy_at, "test accuracy (%)")
-    left.axvline(report.row(DENSE, "test accuracy before pruning").mean, color="#333", linewidth=0.8, linestyle="--")
+    dense = report.row(DENSE, "test accuracy before pruning").mean
+    _dots(left, report, accuracy_at, "test accuracy (%)", dense - SHOWN)
+    left.axvline(dense, color="#333", linewidth=0.8, linestyle="--")
     left.set_title("dashed: the network before pruning", fontsize="medium")
-    _bars(middle, report, run_at, "mean run of weights along a neuron's inputs")
-    _bars(right, report, index_at, "run-length index (bits a weight)")
+    _dots(middle, report, run_at, "mean run of weights along a neuron's inputs")
+    _dots(right, report, index_at, "run-length index (bits a weight)")
     for panel in (middle, right):
         panel.set_yticklabels([])
     middle.set_title("longer is more regular", fontsize="medium")
     right.set_title("less is smaller", fontsize="medium")
-    right.legend(frameon=False, loc="lower right", title="weights kept")
+    handles = [
+        Line2D(
+            [], [], marker=marker, linestyle="", color="#333", markerfacecolor=face, label=f"{100 * d:.0f} % of weights"
+        )
+        for d, (marker, face) in zip(DENSITIES, (("o", "#333"), ("s", "white")), strict=True)
+    ]
+    out.legend(handles=handles, loc="outside lower center", ncols=2, frameon=False)
     out.suptitle(f"turbo-vbi on {report.settings['data']}: {report.verdict}", fontsize="medium")
     return out
 
 
-def _bars(panel: Any, report: Report, metric: Any, label: str) -> None:
+def _dots(panel: Axes, report: Report, metric: Callable[[float], str], label: str, floor: float = -math.inf) -> None:
+    """A dot a method and density; values below the floor stand at it as numbers."""
     names = VARIANTS[::-1]
-    for density, marker, shift in ((DENSITIES[0], "o", 0.14), (DENSITIES[1], "s", -0.14)):
+    for density, marker, shift in ((DENSITIES[0], "o", 0.15), (DENSITIES[1], "s", -0.15)):
         for height, name in enumerate(names):
             row = report.row(name, metric(density))
+            colour = BASELINE if row.baseline else OURS
+            if row.mean < floor:
+                text = f"\u2190 {row.mean:.1f} ({100 * density:.0f} % of weights)"
+                panel.text(floor, height + shift, text, color=colour, va="center", fontsize="small")
+                continue
+            face = "white" if marker == "s" else colour
             panel.errorbar(
                 row.mean,
                 height + shift,
                 xerr=row.spread or 0,
                 fmt=marker,
                 capsize=3,
-                color=BASELINE if row.baseline else OURS,
-                markerfacecolor="white" if marker == "s" else None,
-                label=f"{100 * density:.0f} %" if name == names[-1] else None,
+                color=colour,
+                markerfacecolor=face,
             )
+    if math.isfinite(floor):
+        panel.set_xlim(left=floor - 0.3)
     panel.set_yticks(range(len(names)), names)
+    panel.set_ylim(-0.5, len(names) - 0.5)
     panel.set_xlabel(label)
     panel.grid(axis="x", alpha=0.3)
     panel.spines[["top", "right"]].set_visible(False)
