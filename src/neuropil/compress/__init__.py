@@ -17,12 +17,17 @@ from neuropil.compress.operations import Operations, count_operations
 from neuropil.compress.oscillation import OscillationTracker
 from neuropil.compress.plasticity import Plasticity, pruning_plasticity
 from neuropil.compress.quantize import Quantizer, bake, calibrate, qat_prepare, quantize_model
+from neuropil.compress.regularity import Regularity, packed_bytes, regularity, regularity_by_layer
 from neuropil.compress.sparse import pack_sparse, prune_magnitude
 from neuropil.compress.structured import neuron_scores, prune_neurons, remove_neurons
+from neuropil.compress.support import BernoulliPrior, GroupPrior, HMMPrior
+from neuropil.compress.turbo_vbi import TurboVBI
+from neuropil.compress.variational_dropout import VariationalDropout
 
 __all__ = [
     "CGA",
     "ActivateWhilePruning",
+    "BernoulliPrior",
     "BiPer",
     "BiPerConv2d",
     "BiPerLinear",
@@ -31,13 +36,18 @@ __all__ = [
     "DeadRate",
     "DeadRates",
     "GraNet",
+    "GroupPrior",
+    "HMMPrior",
     "LsqActivation",
     "Operations",
     "OscillationTracker",
     "Plasticity",
     "QKRAttention",
     "Quantizer",
+    "Regularity",
     "StatsQuantizer",
+    "TurboVBI",
+    "VariationalDropout",
     "bake",
     "bake_masks",
     "binarize_model",
@@ -56,12 +66,15 @@ __all__ = [
     "ofq_quantize",
     "only",
     "pack_sparse",
+    "packed_bytes",
     "prune_magnitude",
     "prune_neurons",
     "pruning_plasticity",
     "qat_prepare",
     "quantization_error",
     "quantize_model",
+    "regularity",
+    "regularity_by_layer",
     "remove_neurons",
     "restrict",
     "semantic_similarity_report",
