@@ -77,10 +77,12 @@ def vision(request: Any) -> Subject:
     return Subject(request.param, model, scale, 0, [images[:8]], images[:1], (images, labels), (images, labels))
 
 
-@pytest.mark.parametrize("arm", [arm for arm in ARMS if "resnet" in arm.on], ids=lambda arm: arm.name)
+@pytest.mark.parametrize("arm", [arm for arm in ARMS if arm.on != ("smollm2",)], ids=lambda arm: arm.name)
 def test_every_arm_makes_a_model_that_answers_and_leaves_the_original(vision: Subject, arm: Any) -> None:
     if arm.peer:
         pytest.importorskip("optimum.quanto")
+    if vision.name not in arm.on:
+        pytest.skip("the method is not for this model")
     before = {name: value.clone() for name, value in vision.model.state_dict().items()}
     found = measure(arm, vision)
     assert 0 <= found.quality <= 100

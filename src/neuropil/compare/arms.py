@@ -11,8 +11,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from neuropil.changes import Changes
-from neuropil.compare.subjects import Subject
+from neuropil.compare import trained
+from neuropil.compare.subjects import WINDOW, Subject
+from neuropil.compress import core_neurons, restrict
 from neuropil.compress.recipes import compress
 from neuropil.packed import nbytes, packed_modules
 
@@ -50,31 +51,19 @@ def _recipe(method: str, **settings: Any) -> Make:
     return make
 
 
-def _trained(method: str, **settings: Any) -> Make:
-    """Zeros that stay zero while what is left is trained; neurons that are gone stay gone anyway."""
+def _fewer_neurons(sparsity: float) -> Make:
+    """Neurons taken out, and what is left trained."""
+    return lambda subject: subject.finetune(_recipe("neurons", sparsity=sparsity)(subject))
+
+
+def _core(keep: float) -> Make:
+    """The neurons that the calibration text uses most, in every layer that CoreInfer narrows; the others taken out."""
 
     def make(subject: Subject) -> nn.Module:
-        from neuropil.compress.recipes import RECIPES
-        from neuropil.compress.sparse import pack_sparse, prune_magnitude
-
-        if method == "magnitude":
-            pruned = prune_magnitude(subject.model, settings["sparsity"])
-            return pack_sparse(_masked_training(subject, pruned)).model
-        assert "sparsity" in RECIPES[method].takes
-        return subject.finetune(_recipe(method, **settings)(subject))
+        ids = torch.cat([window for window in subject.calibration if window.shape[1] == WINDOW])
+        return restrict(subject.model, core_neurons(subject.model, ids, keep=keep)).model
 
     return make
-
-
-def _masked_training(subject: Subject, pruned: Changes) -> nn.Module:
-    masks = {name: pruned.model.get_parameter(f"{name}.weight") != 0 for name in pruned.changed}
-
-    def hold(run: Any) -> None:
-        with torch.no_grad():
-            for name, mask in masks.items():
-                pruned.model.get_parameter(f"{name}.weight").mul_(mask)
-
-    return subject.finetune(pruned.model, callbacks=[hold])
 
 
 def _low(subject: Subject) -> nn.Module:
@@ -118,11 +107,23 @@ ARMS: tuple[Arm, ...] = (
     Arm("uniform 2, groups of 32", "bits", _recipe("uniform", bits=2, group=32), LANGUAGE, kernel=True),
     Arm("ternary", "bits", _recipe("ternary"), VISION),
     Arm("magnitude 0.5", "zeros", _recipe("magnitude", sparsity=0.5)),
-    Arm("magnitude 0.7, trained", "zeros", _trained("magnitude", sparsity=0.7), VISION, trained=True),
-    Arm("magnitude 0.9, trained", "zeros", _trained("magnitude", sparsity=0.9), VISION, trained=True),
-    Arm("neurons 0.1", "neurons", _recipe("neurons", sparsity=0.1), LANGUAGE),
-    Arm("neurons 0.3, trained", "neurons", _trained("neurons", sparsity=0.3), VISION, trained=True),
-    Arm("neurons 0.5, trained", "neurons", _trained("neurons", sparsity=0.5), VISION, trained=True),
+    Arm("DIMAP 0.5", "zeros", _recipe("dimap", sparsity=0.5)),
+    Arm("neurons 0.1", "neurons", _recipe("neurons", sparsity=0.1), LANGUAGE, calibrated=True),
+    Arm("neurons 0.3", "neurons", _recipe("neurons", sparsity=0.3), LANGUAGE, calibrated=True),
+    Arm("core neurons 0.6, one set", "neurons", _core(0.6), LANGUAGE, calibrated=True),
+    Arm("LSQ 3, trained", "bits", trained.lsq(3), VISION, trained=True),
+    Arm("LSQ 2, trained", "bits", trained.lsq(2), VISION, trained=True),
+    Arm("OFQ 2, inputs 4, trained", "bits", trained.ofq(2, 4), ("swin",), trained=True),
+    Arm("BiPer 1, trained", "bits", trained.biper, VISION, trained=True),
+    Arm("magnitude 0.7, trained", "zeros", trained.magnitude(0.7), VISION, trained=True),
+    Arm("magnitude 0.9, trained", "zeros", trained.magnitude(0.9), VISION, trained=True),
+    Arm("DIMAP 0.7, trained", "zeros", trained.dimap(0.7), VISION, trained=True),
+    Arm("DIMAP 0.9, trained", "zeros", trained.dimap(0.9), VISION, trained=True),
+    Arm("GraNet 0.9, trained", "zeros", trained.granet(0.1), VISION, trained=True),
+    Arm("AP 0.9, trained", "zeros", trained.activating(0.9), ("resnet",), trained=True),
+    Arm("Turbo-VBI, trained", "zeros", trained.turbo_vbi, VISION, trained=True),
+    Arm("neurons 0.3, trained", "neurons", _fewer_neurons(0.3), VISION, trained=True),
+    Arm("neurons 0.5, trained", "neurons", _fewer_neurons(0.5), VISION, trained=True),
     Arm("torchao int8", "bits", _torchao("Int8WeightOnlyConfig"), LANGUAGE, peer=True),
     Arm("quanto int8", "bits", _quanto("qint8"), peer=True),
     Arm("quanto int4", "bits", _quanto("qint4"), LANGUAGE, peer=True),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -66,15 +66,28 @@ class Subject:
         return evaluate.image_rate(model, self.test[0][:256])
 
     def finetune(
-        self, model: nn.Module, steps: int | None = None, rate: float = 3e-4, callbacks: Any = ()
+        self,
+        model: nn.Module,
+        steps: int | None = None,
+        optimizer: torch.optim.Optimizer | None = None,
+        callbacks: Sequence[Any] = (),
+        extra: Callable[[], Tensor] | None = None,
     ) -> nn.Module:
-        """Train in place, AdamW with a cosine to zero, as long as every other method that trains."""
+        """Train in place, AdamW with a cosine to zero, as long as every other method that trains.
+
+        `extra` is added to the loss; `optimizer` is given where a schedule has to know it.
+        """
         assert self.train is not None
         steps = self.scale.finetune if steps is None else steps
-        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], rate, weight_decay=0.01)
+        if optimizer is None:
+            optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], 3e-4, weight_decay=0.01)
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+
+        def whole(net: nn.Module, batch: Any) -> Tensor:
+            return loss(net, batch) if extra is None else loss(net, batch) + extra()
+
         fit(
-            model, self.train, loss, optimizer, scheduler=schedule, steps=steps, batch_size=64, seed=self.seed,
+            model, self.train, whole, optimizer, scheduler=schedule, steps=steps, batch_size=64, seed=self.seed,
             callbacks=callbacks, progress=False,
         )  # fmt: skip
         return model.eval()

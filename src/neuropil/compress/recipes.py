@@ -20,6 +20,7 @@ from typing import Any
 from torch import nn
 
 from neuropil.changes import Changes
+from neuropil.compress.dimap import dimap_prune
 from neuropil.compress.quantize import quantize_model
 from neuropil.compress.sparse import pack_sparse, prune_magnitude
 from neuropil.compress.structured import prune_neurons
@@ -83,6 +84,10 @@ def _magnitude(model: nn.Module, settings: Settings) -> Changes:
     return _packed_zeros(prune_magnitude(model, _sparsity(settings), skip=settings.skip))
 
 
+def _dimap(model: nn.Module, settings: Settings) -> Changes:
+    return _packed_zeros(dimap_prune(model, _sparsity(settings), skip=settings.skip))
+
+
 def _neurons(model: nn.Module, settings: Settings) -> Changes:
     if settings.example is None:
         raise ValueError("neurons: taking neurons out needs one input of the model (example=...)")
@@ -98,6 +103,7 @@ RECIPES: dict[str, Recipe] = {
     "ternary": Recipe("-1, 0 and 1 times a scale", ("group",), _ternary, "quantization-survey"),
     "binary": Recipe("-1 and 1 times a scale", ("group",), _binary, "quantization-survey"),
     "magnitude": Recipe("the smallest weights zero, kept as a bit map", ("sparsity",), _magnitude),
+    "dimap": Recipe("the least of each module's energy zero, kept as a bit map", ("sparsity",), _dimap, "dimap"),
     "neurons": Recipe("the weakest neurons taken out, tensors smaller", ("sparsity",), _neurons, data="used"),
 }
 
