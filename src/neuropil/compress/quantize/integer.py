@@ -15,8 +15,8 @@ changed 2 modules
 >>> changes.model(x).shape, bool((changes.model(x) - model(x)).abs().max() < 0.05)
 (torch.Size([64, 10]), True)
 
-Batch norms are folded first. Batches of real numbers go in and real numbers come out; between the first rounding and the
-last scaling there is no float. What has no integer form (an attention, a sigmoid) is computed in float between
+Batch norms are folded first. Batches of real numbers go in and real numbers come out; between the first rounding and
+the last scaling there is no float. What has no integer form (an attention, a sigmoid) is computed in float between
 rescaled codes and is named in `left`.
 
 Sources: Jacob et al. 2018, arXiv:1712.05877; Yao et al. 2021, arXiv:2011.10680 (HAWQ-V3).
@@ -46,7 +46,17 @@ Codes = Integer[Tensor, "*shape"]
 
 # Operations that move codes about or choose among them: the same codes, on the same grid.
 _MOVES = (
-    *(nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, F.dropout, nn.Flatten, torch.flatten, "flatten"),
+    *(
+        nn.Identity,
+        nn.Dropout,
+        nn.Dropout1d,
+        nn.Dropout2d,
+        nn.Dropout3d,
+        F.dropout,
+        nn.Flatten,
+        torch.flatten,
+        "flatten",
+    ),
     *(nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d, F.max_pool1d, F.max_pool2d, F.max_pool3d),
     *("view", "reshape", "contiguous", "permute", "transpose", torch.permute, torch.transpose, torch.reshape),
 )
@@ -287,7 +297,7 @@ class _Conversion:
                 self._attribute(str(node.target))
         elif node.op == "output":
             self.made.output(fx.map_arg(node.args[0], self._float))
-        elif real and isinstance(module, nn.Linear | CONVS):
+        elif real and isinstance(module, (nn.Linear, *CONVS)):
             relu = self._relu_after(node)
             grid = self.grids[relu or node]
             before = self._code(source)  # type: ignore[arg-type]

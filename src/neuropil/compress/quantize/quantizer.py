@@ -92,7 +92,8 @@ class Quantizer(FakeQuantizer):
     scheme: uniform: "affine", "symmetric" (full range), "restricted", "unsigned", "midrise" (see `grids.uniform`);
         of levels: those of `schemes.LEVELS` ("binary", "ternary", "pow2", "apot", "codebook", ...).
     granularity: "tensor", "channel", ("channels", n), ("group", g), or "token" (dynamic only).
-    observer: "minmax", "moving", "percentile", "mse", "aciq", "entropy"; of the uniform schemes (the others fit their levels).
+    observer: "minmax", "moving", "percentile", "mse", "aciq", "entropy"; of the uniform schemes (others fit
+        their levels).
     rounding: "nearest" or "stochastic" (torch's global generator).
     gradient: "clipped", the straight-through gradient of numbers inside the grid only, or "identity". Levels
         have no end at which to clip: always "identity".
