@@ -83,9 +83,9 @@ def absorb_bias(
 ) -> Changes:
     """A copy in which what activations never fall below is in the next layer's bias.
 
-    That is $c = \\max(0, \\beta - 3\\gamma)$. `statistics` are those that `fold` gives; they are moved along, in place. The function stays the same for
-    activations above c (all but 0.13 % of a Gaussian) and, in convolutions with zero padding, away from the border:
-    the paper's approximation. A second layer without a bias gets one.
+    That is $c = \\max(0, \\beta - 3\\gamma)$. `statistics` are those that `fold` gives; they are moved along, in place.
+    The function stays the same for activations above c (all but 0.13 % of a Gaussian) and, in convolutions with zero
+    padding, away from the border: the paper's approximation. A second layer without a bias gets one.
     """
     made = copy.deepcopy(model)
     changed, left = [], {}

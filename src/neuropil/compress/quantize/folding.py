@@ -91,6 +91,7 @@ class FoldedNorm(nn.Module):
     """
 
     steps: Tensor
+    frozen: Tensor
 
     def __init__(self, layer: nn.Module, norm: nn.Module, quantizer: nn.Module, delay: int | None = None) -> None:
         super().__init__()

@@ -3,7 +3,7 @@ r"""How many bits for which layer: sensitivities, costs, and the choice between 
 >>> _ = torch.manual_seed(0)
 >>> model = nn.Sequential(nn.Linear(16, 64), nn.ReLU(), nn.Linear(64, 4))
 >>> harm = sensitivity(model, bits=(2, 4, 8))
->>> bits = bit_allocation(harm, size_costs(model, (2, 4, 8)), budget=800)  # bytes
+>>> bits = bit_allocation(harm, size_costs(model, (2, 4, 8)), budget=1100)  # bytes
 >>> bits
 {'0': 4, '2': 8}
 >>> from neuropil.compress.quantize import quantize_model
@@ -35,7 +35,7 @@ from neuropil.compress.quantize.tiles import QuantizationError
 from neuropil.evaluate import evaluating
 from neuropil.packed import Packing, nbytes
 
-Table = Mapping[str, Mapping[int, float]]  # layer -> bits -> how much
+Table = Mapping[str, Mapping[int, Any]]  # layer -> bits -> how much
 BITS = (2, 3, 4, 6, 8)
 SETTINGS: dict[str, Any] = {"scheme": "symmetric", "granularity": "channel", "observer": "mse"}
 
@@ -54,7 +54,7 @@ def sensitivity(
     bits: Sequence[int] = BITS,
     *,
     loss: Callable[[nn.Module], Tensor | float] | None = None,
-    curvature: Mapping[str, float] | None = None,
+    curvature: Mapping[str, Any] | None = None,
     settings: Mapping[str, Any] | None = None,
     skip: Iterable[str] = (),
 ) -> dict[str, dict[int, float]]:
@@ -158,8 +158,8 @@ def bops_costs(
 
 
 def roofline_costs(
-    macs: Mapping[str, int], sizes: Table, *, speed: Mapping[int, float], bandwidth: float
-) -> dict[str, dict[int, float]]:
+    macs: Mapping[str, int], sizes: Table, *, speed: Mapping[int, Any], bandwidth: float | int
+) -> dict[str, dict[int, Any]]:
     """Seconds of each layer by a roofline: the longer of computing and of reading the weights.
 
     `speed` is multiplications a second at each number of bits, `bandwidth` bytes a second, both of your machine. A
@@ -175,13 +175,13 @@ def roofline_costs(
 
 
 def bit_allocation(
-    harm: Table, costs: Table | Sequence[Table], budget: float | Sequence[float], method: str = "ilp"
+    harm: Table, costs: Table | Sequence[Table], budget: float | int | Sequence[float | int], method: str = "ilp"
 ) -> dict[str, int]:
     """The bits of each layer with the least total harm whose total cost is within the budget.
 
     `harm` as `sensitivity` gives it; `costs` a table of bytes, bit operations, seconds or joules, or several tables
-    with a budget each. method: "ilp" (exact), "exhaustive" (exact, at most a million combinations), "greedy" (from the most
-    bits down, each time the step that harms least for what it saves).
+    with a budget each. method: "ilp" (exact), "exhaustive" (exact, at most a million combinations), "greedy" (from
+    the most bits down, each time the step that harms least for what it saves).
     Raises QuantizationError where no choice is within the budget.
     """
     tables = [costs] if isinstance(costs, Mapping) else list(costs)
@@ -199,7 +199,7 @@ def bit_allocation(
     return _CHOOSE[method](harm, tables, budgets)
 
 
-def _ilp(harm: Table, tables: Sequence[Table], budgets: Sequence[float]) -> dict[str, int]:
+def _ilp(harm: Table, tables: Sequence[Table], budgets: Sequence[float | int]) -> dict[str, int]:
     from scipy.optimize import Bounds, LinearConstraint, milp
 
     choices = [(n, b) for n in harm for b in harm[n]]
@@ -231,7 +231,7 @@ def _cost(table: Table, bits: Mapping[str, int]) -> float:
     return sum(table[n][b] for n, b in bits.items())
 
 
-def _exhaustive(harm: Table, tables: Sequence[Table], budgets: Sequence[float]) -> dict[str, int]:
+def _exhaustive(harm: Table, tables: Sequence[Table], budgets: Sequence[float | int]) -> dict[str, int]:
     within = (c for c in _all(harm) if all(_cost(t, c) <= limit for t, limit in zip(tables, budgets, strict=True)))
     best = min(within, key=lambda c: _cost(harm, c), default=None)
     if best is None:
@@ -239,7 +239,7 @@ def _exhaustive(harm: Table, tables: Sequence[Table], budgets: Sequence[float]) 
     return best
 
 
-def _greedy(harm: Table, tables: Sequence[Table], budgets: Sequence[float]) -> dict[str, int]:
+def _greedy(harm: Table, tables: Sequence[Table], budgets: Sequence[float | int]) -> dict[str, int]:
     bits = {n: max(row) for n, row in harm.items()}
     while over := [t for t, limit in zip(tables, budgets, strict=True) if _cost(t, bits) > limit]:
         steps = []

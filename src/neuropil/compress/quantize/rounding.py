@@ -82,7 +82,7 @@ class Rounding(FakeQuantizer):
         return (floor + self.up()).clamp(self.grid.low, self.grid.high)
 
     def forward(self, w: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
-        made = self.grid.values(self.codes(w.detach()))  # type: ignore[arg-type]
+        made = self.grid.values(self.codes(w.detach()))
         return from_tiles(made, self.tiles, w.shape).to(w.dtype)
 
     def pack(self, w: Float[Tensor, "*shape"]) -> Packing:

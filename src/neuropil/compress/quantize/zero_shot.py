@@ -32,11 +32,11 @@ from torch import Tensor, nn
 
 from neuropil.changes import Changes
 from neuropil.compress.quantize.correction import correct_bias_from
-from neuropil.compress.quantize.distillation import distillation
 from neuropil.compress.quantize.equalise import absorb_bias, equalise
 from neuropil.compress.quantize.folding import fold
 from neuropil.compress.quantize.graph import NORMS
 from neuropil.compress.quantize.models import Weights, bake, calibrate, input_quantizers, qat_prepare, quantize_model
+from neuropil.compress.quantize.teacher import distillation
 from neuropil.compress.quantize.tiles import QuantizationError
 from neuropil.evaluate import evaluating
 from neuropil.training import fit

@@ -2,9 +2,9 @@ r"""Bits of layers found by trying whole assignments, or learned by gradient.
 
 >>> costs = {name: {2: 2.0, 4: 4.0, 8: 8.0} for name in "abc"}
 >>> def score(bits):  # layer b needs its bits most
-...     return -sum(w * 0.25 ** bits[n] for n, w in {"a": 1.0, "b": 30.0, "c": 1.0}.items())
+...     return -sum(w * 0.25 ** bits[n] for n, w in {"a": 1.0, "b": 30.0, "c": 2.0}.items())
 >>> bit_search(score, costs, budget=14, method="evolution")
-{'a': 4, 'b': 4, 'c': 4}
+{'a': 2, 'b': 8, 'c': 4}
 
 Sources: Wang et al. 2019, arXiv:1811.08886 (HAQ: reinforcement learning; here REINFORCE on independent layers); Wu et
 al. 2018, arXiv:1812.00090 (DNAS: differentiable branches); Guo et al. 2020, arXiv:1904.00420 (evolution).
@@ -30,7 +30,7 @@ Score = Callable[[dict[str, int]], float]
 def bit_search(
     score: Score,
     costs: Table,
-    budget: float,
+    budget: float | int,
     method: str = "evolution",
     *,
     tries: int = 200,
@@ -71,7 +71,7 @@ class _Remembering:
         return self.known[key]
 
 
-def _fit(bits: dict[str, int], costs: Table, budget: float) -> dict[str, int]:
+def _fit(bits: dict[str, int], costs: Table, budget: float | int) -> dict[str, int]:
     """Lower the layer that saves most until the budget is met."""
     bits = dict(bits)
     while _cost(costs, bits) > budget:
@@ -88,7 +88,7 @@ def _below(row: Mapping[int, float], b: int) -> Sequence[int]:
 
 
 def _evolution(
-    score: _Remembering, costs: Table, budget: float, tries: int, population: int, generator: torch.Generator
+    score: _Remembering, costs: Table, budget: float | int, tries: int, population: int, generator: torch.Generator
 ) -> dict[str, int]:
     def draw(n: int) -> int:
         return int(torch.randint(n, (), generator=generator))
@@ -113,7 +113,7 @@ def _evolution(
 
 
 def _reinforce(
-    score: _Remembering, costs: Table, budget: float, tries: int, population: int, generator: torch.Generator
+    score: _Remembering, costs: Table, budget: float | int, tries: int, population: int, generator: torch.Generator
 ) -> dict[str, int]:
     names, options = list(costs), [sorted(row) for row in costs.values()]
     logits = [torch.zeros(len(o), requires_grad=True) for o in options]
@@ -156,6 +156,7 @@ class BitBranches(FakeQuantizer):
         made = super().for_layer(module)
         assert isinstance(made, BitBranches)
         for branch in made.branches:
+            assert isinstance(branch, Quantizer)
             branch.axis, branch.splits = made.axis, made.splits
         return made
 
