@@ -5,6 +5,7 @@ r"""Which range a grid covers: what was seen (min/max), or less, so that what is
 | "minmax" | all that was seen |
 | "moving" | moving average over batches of their minimum and maximum |
 | "percentile" | the central `percentile` per cent of the numbers; 100 is min/max |
+| "aciq" | the clip that is best for a Gaussian or a Laplace density of the same scale (see `ranges`) |
 | "mse" | min/max shrunk by the factor with least mean squared error; never more than that of min/max |
 | "entropy" | \|x\| clipped where the histogram's Kullback-Leibler divergence from its quantized self is least |
 
@@ -22,9 +23,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from neuropil.compress.quantize.grids import uniform
+from neuropil.compress.quantize.ranges import aciq_range
 from neuropil.compress.quantize.tiles import QuantizationError
 
-OBSERVERS = ("minmax", "moving", "percentile", "mse", "entropy")
+OBSERVERS = ("minmax", "moving", "percentile", "mse", "aciq", "entropy")
 BINS = 2048
 CHUNK = 1 << 22  # numbers looked at at a time
 
@@ -91,6 +93,8 @@ class Observer:
             return _percentile(self.values, self.low, self.high, self.percentile)
         if self.kind == "mse":
             return _least_error(self.values, self.low, self.high, scheme, bits)
+        if self.kind == "aciq":
+            return aciq_range(self.values, self.low, self.high, scheme, bits)
         clip = _entropy_clip(self.values, 2**bits if scheme == "unsigned" else 2 ** (bits - 1))
         return torch.maximum(self.low, -clip), torch.minimum(self.high, clip)
 

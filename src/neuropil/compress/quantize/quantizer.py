@@ -92,7 +92,7 @@ class Quantizer(FakeQuantizer):
     scheme: uniform: "affine", "symmetric" (full range), "restricted", "unsigned", "midrise" (see `grids.uniform`);
         of levels: those of `schemes.LEVELS` ("binary", "ternary", "pow2", "apot", "codebook", ...).
     granularity: "tensor", "channel", ("channels", n), ("group", g), or "token" (dynamic only).
-    observer: "minmax", "moving", "percentile", "mse", "entropy"; of the uniform schemes (the others fit their levels).
+    observer: "minmax", "moving", "percentile", "mse", "aciq", "entropy"; of the uniform schemes (the others fit their levels).
     rounding: "nearest" or "stochastic" (torch's global generator).
     gradient: "clipped", the straight-through gradient of numbers within half a step of the grid only (as
         `torch.fake_quantize_per_tensor_affine` has it), or "identity", as it always is for levels.
@@ -164,7 +164,7 @@ class Quantizer(FakeQuantizer):
         """Take a tensor (one batch of several) into the calibration; the grid is found at the next use."""
         check_finite(x, self.name)
         self._seen = self._seen or self._new_observer()
-        keep = self.scheme in LEVELS or self.observer in ("percentile", "mse", "entropy")
+        keep = self.scheme in LEVELS or self.observer in ("percentile", "mse", "aciq", "entropy")
         self._seen.observe(to_tiles(working(x), self.tiles(x)), remember=keep)
         self.scale = self.zero = self.level = self.threshold = None
 
