@@ -1,6 +1,7 @@
 """Which can go, in how few bits?"""
 
 from neuropil.compress.granet import GraNet
+from neuropil.compress.jlcm import learn_codebooks
 from neuropil.compress.plasticity import Plasticity, pruning_plasticity
 from neuropil.compress.quantize import Quantizer, bake, calibrate, qat_prepare, quantize_model
 from neuropil.compress.sparse import pack_sparse, prune_magnitude
@@ -12,6 +13,7 @@ __all__ = [
     "Quantizer",
     "bake",
     "calibrate",
+    "learn_codebooks",
     "neuron_scores",
     "pack_sparse",
     "prune_magnitude",
