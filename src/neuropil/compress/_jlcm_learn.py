@@ -28,6 +28,7 @@ class How:
     form: str
     learn: str
     soft: bool
+    start: str
     sharpness: float
     steps: int
     batch: int
@@ -120,7 +121,7 @@ def _begin(plain: nn.Module, made: CodebookWeight, how: How) -> None:
     if form == "auto":
         large = w.numel() * made.book.shape[1] > LARGEST_SCORES
         form = "latent" if large and how.gradient != "plain" else "scores"
-    made.begin(w, how.gradient, form, how.soft, how.sharpness)
+    made.begin(w, how.gradient, form, how.soft, how.start, how.sharpness)
 
 
 def _descend(made: Sequence[CodebookWeight], layer: nn.Module, seen: Seen, how: How) -> None:

@@ -174,13 +174,24 @@ class CodebookWeight(FakeQuantizer):
         """The codewords of each group."""
         return self.book if self.scale is None else self.scale * self.book
 
-    def begin(self, w: Float[Tensor, "rows fan"], gradient: str, form: str, soft: bool, sharpness: float) -> None:
+    def begin(
+        self,
+        w: Float[Tensor, "rows fan"],
+        gradient: str,
+        form: str = "scores",
+        soft: bool = False,
+        start: str = "distance",
+        sharpness: float = 1.0,
+    ) -> None:
         """Make the mapping something that can be learned: scores, or latent weights that take the nearest codeword."""
         gap = spacing(self.table.detach())
         self.gradient, self.soft, self.settled = gradient, soft, False
         if form == "latent":
             self._unit = gap[self.owner]
             self.latent = nn.Parameter(self._beside(w) / self._unit)
+        elif start == "index":
+            scores = w.new_zeros(*w.shape, self.table.shape[1])
+            self.scores = nn.Parameter(scores.scatter(-1, self.codes[..., None], sharpness))
         else:
             own = self.table.detach()[self.owner]
             far = (w[..., None] - own[:, None, :]).abs() / gap[self.owner][..., None]

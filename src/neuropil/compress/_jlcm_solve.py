@@ -77,25 +77,22 @@ def by_outputs(layer: nn.Module, made: CodebookWeight, seen: Seen) -> None:
     `layer` is the plain layer. Codewords that the outputs say little of stay near where they were.
     """
     a, b = _system(layer, made, seen)
-    a = a + torch.eye(len(a), dtype=a.dtype, device=a.device) * (DAMP * a.diagonal().mean() + 1e-30)
     table = made.table.detach().double()
-    b = b + (a.diagonal().mean() * DAMP + 1e-30) * table.flatten()
     if made.scale is None:
-        made.book.copy_(torch.linalg.solve(a, b).reshape(table.shape))
+        made.book.copy_(_least(a, b, table.flatten()).reshape(table.shape))
     else:
-        book, scale = made.book.double(), made.scale.double()
-        groups, count = table.shape
+        book, scale = made.book[0].double(), made.scale[:, 0].double()
+        each, of_each = a.reshape(*table.shape, *table.shape), b.reshape(table.shape)
         for _ in range(ROUNDS):
-            by_book = torch.kron(scale, torch.eye(count, dtype=a.dtype, device=a.device))
-            book = _least(by_book.T @ a @ by_book, by_book.T @ b, book.flatten())[None]
-            by_scale = torch.kron(torch.eye(groups, dtype=a.dtype, device=a.device), book.T)
-            scale = _least(by_scale.T @ a @ by_scale, by_scale.T @ b, scale.flatten())[:, None]
-        made.book.copy_(book)
-        made.scale.copy_(scale)
+            book = _least(torch.einsum("g,gkhl,h->kl", scale, each, scale), scale @ of_each, book)
+            scale = _least(torch.einsum("k,gkhl,l->gh", book, each, book), of_each @ book, scale)
+        made.book.copy_(book[None])
+        made.scale.copy_(scale[:, None])
     made.settle()
 
 
 def _least(a: Tensor, b: Tensor, start: Tensor) -> Tensor:
+    """The solution of `a x = b` that stays near `start` where `a` leaves it open."""
     damp = DAMP * a.diagonal().mean() + 1e-30
     return torch.linalg.solve(a + damp * torch.eye(len(a), dtype=a.dtype, device=a.device), b + damp * start)
 
