@@ -133,18 +133,9 @@ def learn_codebooks(
     made = _fitted(work, plan, owners, mode, dtype)
     if batches is not None:
         how = How(
-            gradient if gradient == "plain" else phi,
-            form,
-            learn,
-            soft,
-            start,
-            sharpness,
-            steps,
-            batch,
-            lr,
-            book_lr,
-            seed,
-        )
+            gradient=gradient if gradient == "plain" else phi, form=form, learn=learn, soft=soft, start=start,
+            sharpness=sharpness, steps=steps, batch=batch, lr=lr, book_lr=book_lr, seed=seed,
+        )  # fmt: skip
         learn_layers(plain, work, made, batches, blocks, how)
         if loss is not None:
             tune(work, made, batches, loss, loss_steps, book_lr)
