@@ -63,6 +63,57 @@ def test_lookup_is_its_formula(d: int) -> None:
     assert torch.equal(made.dense(), wanted)
 
 
+@pytest.mark.parametrize(("sizes", "wanted"), [([1, 3, 2], "011122"), ([2, 1], "001001"), ([6], "000000")])
+def test_a_lookup_of_unequal_blocks(sizes: list[int], wanted: str) -> None:
+    gen = torch.Generator().manual_seed(0)
+    table, codes = torch.randn(len(sizes), 2, 5, 1, generator=gen), torch.randint(0, 5, (6, 4), generator=gen)
+    scale, shape = torch.rand(len(sizes), 1, generator=gen), (6, 2, 2)
+    block = torch.tensor([int(b) for b in wanted])
+    one_a_row = pk.Lookup.of(codes, table[block], shape, scale[block])
+    owner = pk.Lookup.of(codes, table, shape, scale, owner=block)
+    for made in (pk.Lookup.of(codes, table, shape, scale, sizes=sizes), owner):
+        assert torch.equal(made.dense(), one_a_row.dense())
+        assert torch.equal(made.block(len(sizes)), block)
+        again = pk.empty(made.spec())
+        again.load_state_dict(made.state_dict())
+        assert torch.equal(again.dense(), made.dense())
+    shared = pk.Lookup.of(codes, table[:1], shape, scale, sizes=sizes)
+    assert torch.equal(shared.dense(), pk.Lookup.of(codes, table[:1], shape, scale[block]).dense())
+
+
+def test_blocks_of_a_lookup_take_the_bits_of_their_sizes() -> None:
+    codes, table = torch.zeros(4096, 8, dtype=torch.int32), torch.zeros(8, 1, 4, 1, dtype=torch.float16)
+    made = pk.Lookup.of(codes, table, (4096, 8), sizes=[96, *[100] * 5, 1500, 2000])
+    assert 8 * pk.nbytes(made) == 4096 * 8 * 2 + 8 * 4 * 16 + 8 * 12
+    owner = pk.Lookup.of(codes, table, (4096, 8), owner=torch.arange(4096) % 8)
+    assert 8 * pk.nbytes(owner) == 4096 * 8 * 2 + 8 * 4 * 16 + 4096 * 3
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"sizes": [4, 2]}, {"sizes": [6, 0, 0]}, {"sizes": [1, 1, 2]}, {"owner": [0, 1]}, {"owner": [3] * 6}]
+)
+def test_blocks_that_do_not_fit_are_refused(wrong: Any) -> None:
+    wrong = {key: torch.tensor(value) if key == "owner" else value for key, value in wrong.items()}
+    with pytest.raises(pk.PackingError, match="rows"):
+        pk.Lookup.of(torch.zeros(6, 4, dtype=torch.int32), torch.zeros(3, 1, 4, 1), (6, 4), **wrong)
+    owner = torch.zeros(6, dtype=torch.int64)
+    with pytest.raises(pk.PackingError, match="not both"):
+        pk.Lookup.of(torch.zeros(6, 4, dtype=torch.int32), torch.zeros(1, 1, 4, 1), (6, 4), sizes=[6], owner=owner)
+
+
+@pytest.mark.parametrize(("r", "levels", "d"), [(1, 4, 1), (5, 4, 1), (1, 3, 1), (10, 16, 2), (1, 7, 4)])
+def test_rows_of_a_lookup_are_those_of_the_dense_weight(r: int, levels: int, d: int) -> None:
+    gen, at = torch.Generator().manual_seed(levels), torch.tensor([3, 3, 9, 0])
+    codes = torch.randint(0, levels, (10, 16 // d), generator=gen)
+    for scale in (None, torch.rand(10, 2, generator=gen)):
+        made = pk.Lookup.of(codes, torch.randn(r, 1, levels, d, generator=gen), (10, 16), scale)
+        assert torch.equal(made.rows(at), made.dense()[at])
+        several = {"owner": torch.arange(10) * 3 % 5}
+        if r == 5:
+            owned = pk.Lookup.of(codes, torch.randn(5, 1, levels, d, generator=gen), (10, 16), **several)
+            assert torch.equal(owned.rows(at), owned.dense()[at])
+
+
 def test_sparse_and_residual_are_exact() -> None:
     weight = torch.randn(5, 7).relu()
     sparse = pk.Sparse.of(weight)

@@ -215,11 +215,19 @@ class Affine(Packing):
 
 
 class Lookup(Packing):
-    """`scale * table[code]` tile by tile: any levels (powers, codebooks, signs), or vectors of `d` weights a code."""
+    """`scale * table[code]` tile by tile: any levels (powers, codebooks, signs), or vectors of `d` weights a code.
+
+    Tables and scales of `r` rows serve r equal blocks of the weight's rows, unless it is told otherwise which row has
+    which: by the `sizes` of blocks of neighbouring rows (a pattern that repeats if it ends before the rows do), or by
+    an `owner` for each row, of ceil(log2 r) bits.
+    """
 
     codes: Tensor
     table: Tensor
     scale: Tensor
+    sizes: Tensor | None
+    owner: Tensor | None
+    OPTIONAL = ("scale", "sizes", "owner")
 
     @classmethod
     def of(
@@ -228,21 +236,70 @@ class Lookup(Packing):
         table: Float[Tensor, "r g K d"],
         shape: Sequence[int],
         scale: Float[Tensor, "scales groups"] | None = None,
+        *,
+        sizes: Sequence[int] | None = None,
+        owner: Integer[Tensor, " rows"] | None = None,
     ) -> Lookup:
-        """From codes `[rows, fan / d]` (or the weight's shape where `d` is 1) into `table`'s K entries of d weights."""
+        """From codes `[rows, fan / d]` (or the weight's shape where `d` is 1) into `table`'s K entries of d weights.
+
+        >>> two, of = torch.tensor([[0.0, 1.0], [0.0, 9.0]]).reshape(2, 1, 2, 1), torch.ones(3, 4, dtype=torch.int)
+        >>> Lookup.of(of, two, (3, 4), sizes=[1, 2]).dense()[:, 0]
+        tensor([1., 9., 9.])
+        """
         levels, d = table.shape[2:]
         made = cls(shape, levels=levels)
-        _, _, _, fan = _tiles(made.shape, table, "a table")
-        if fan % d or codes.numel() * d != made.shape.numel():
+        made._keep_blocks(max(table.shape[0], 1 if scale is None else scale.shape[0]), sizes, owner)
+        rows, fan = _matrix(made.shape)
+        for serving, what in ((table, "a table"), (scale, "a scale")):
+            if serving is not None:
+                told = serving.shape[0] == made.constants.get("blocks")
+                _tiles(torch.Size((serving.shape[0] if told else rows, fan)), serving, what)
+        if (fan // table.shape[1]) % d or codes.numel() * d != made.shape.numel():
             raise PackingError(
-                f"{codes.numel()} codes of {d} weights each for a weight of shape {list(shape)} in tiles {fan} wide"
+                f"{codes.numel()} codes of {d} weights each for a weight of shape {list(shape)} in tiles "
+                f"{fan // table.shape[1]} wide"
             )
         made.register_buffer("codes", pack_codes(codes, max(2, levels)))
         made.register_buffer("table", table.detach().clone())
-        if scale is not None:
-            _tiles(made.shape, scale, "a scale")
         made.register_buffer("scale", None if scale is None else scale.detach().clone())
         return made
+
+    def _keep_blocks(self, blocks: int, sizes: Sequence[int] | None, owner: Tensor | None) -> None:
+        """Store which block each row is of, as its buffers are: sizes less one, in the bits of a row's number."""
+        rows = _matrix(self.shape)[0]
+        self.register_buffer("sizes", None)
+        self.register_buffer("owner", None)
+        if sizes is not None and owner is not None:
+            raise PackingError("give the sizes of blocks of rows, or the owner of each row, not both")
+        if sizes is not None:
+            if len(sizes) != blocks or min(sizes) < 1 or rows % sum(sizes):
+                raise PackingError(
+                    f"sizes {list(sizes)}: expected {blocks} numbers above 0, one a block, whose sum divides the "
+                    f"{rows} rows"
+                )
+            self.constants["blocks"] = blocks
+            self.register_buffer("sizes", pack_codes(torch.tensor(sizes) - 1, max(2, rows)))
+        if owner is not None:
+            if owner.numel() != rows or int(owner.max()) >= blocks:
+                raise PackingError(
+                    f"owners up to {int(owner.max())} of {owner.numel()} rows: expected one for each of {rows} rows, "
+                    f"below {blocks}"
+                )
+            self.constants["blocks"] = blocks
+            self.register_buffer("owner", pack_codes(owner, max(2, blocks)))
+
+    def block(self, r: int) -> Integer[Tensor, " rows"]:
+        """Which of the r tables (or scales) serves each row."""
+        rows, at = _matrix(self.shape)[0], torch.arange(_matrix(self.shape)[0], device=self.codes.device)
+        if r == 1 or (self.sizes is None and self.owner is None):
+            return at // (rows // r)
+        blocks = self.constants["blocks"]
+        if self.owner is not None:
+            return unpack_codes(self.owner, rows, max(2, blocks)).long()
+        assert self.sizes is not None
+        sizes = unpack_codes(self.sizes, blocks, max(2, rows)).long() + 1
+        pattern = torch.arange(blocks, device=at.device).repeat_interleave(sizes)
+        return pattern.repeat(rows // len(pattern))
 
     def integers(self) -> Tensor:
         """The codes, `[rows, fan / d]`."""
@@ -250,16 +307,32 @@ class Lookup(Packing):
         levels, d = self.table.shape[2:]
         return unpack_codes(self.codes, rows * fan // d, max(2, levels)).reshape(rows, fan // d)
 
+    def rows(self, at: Integer[Tensor, " n"]) -> Tensor:
+        (rows, fan), (r, _, levels, d) = _matrix(self.shape), self.table.shape
+        width = self.codes.numel() // max(1, rows)
+        if width * rows != self.codes.numel() or width * 8 != fan // d * code_bits(max(2, levels)):
+            return super().rows(at)
+        codes = unpack_codes(self.codes.reshape(rows, width)[at].flatten(), len(at) * fan // d, max(2, levels))
+        found = self._values(codes.reshape(len(at), fan // d), self.block(r)[at])
+        if self.scale is not None:
+            scale = self.scale[self.block(self.scale.shape[0])[at]]
+            found = (found.reshape(*scale.shape, -1) * scale[..., None]).reshape(len(at), fan)
+        return found.reshape(len(at), *self.shape[1:])
+
+    def _values(self, codes: Tensor, block: Tensor) -> Tensor:
+        """Entries of the tables of the given blocks, `[n, fan]`, for codes of rows."""
+        _, g, levels, d = self.table.shape
+        first = (block[:, None].int() * g + torch.arange(g, device=codes.device, dtype=torch.int32)) * levels
+        each = codes.reshape(len(codes), g, -1).int() + first[:, :, None]
+        return self.table.reshape(-1, d)[each].reshape(len(codes), -1)
+
     def dense(self) -> Tensor:
-        r, high, g, wide = _tiles(self.shape, self.table, "a table")
-        levels, d = self.table.shape[2:]
-        codes = self.integers().reshape(r, high, g, wide // d).int()
-        first = torch.arange(r * g, device=codes.device, dtype=torch.int32).reshape(r, 1, g, 1) * levels
-        dense = self.table.reshape(-1, d)[codes + first]
+        rows, _ = _matrix(self.shape)
+        dense = self._values(self.integers(), self.block(self.table.shape[0]))
         if self.scale is None:
             return dense.reshape(self.shape)
-        tiles = _tiles(self.shape, self.scale, "a scale")
-        return (dense.reshape(tiles) * self.scale[:, None, :, None]).reshape(self.shape)
+        scale = self.scale[self.block(self.scale.shape[0])]
+        return (dense.reshape(rows, scale.shape[1], -1) * scale[:, :, None]).reshape(self.shape)
 
 
 class Sparse(Packing):
@@ -319,7 +392,7 @@ def empty(spec: Mapping[str, Any]) -> Packing:
         if kind is Residual:
             return Residual.of([empty(part) for part in spec["parts"]])
         made = kind(shape, **{k: int(v) for k, v in spec.items() if k not in ("kind", "shape", "buffers")})
-        for name in ("scale",) if kind is Lookup else ():
+        for name in Lookup.OPTIONAL if kind is Lookup else ():
             made.register_buffer(name, None)
         for name, (size, dtype) in spec["buffers"].items():
             made.register_buffer(name, torch.empty(size, dtype=getattr(torch, dtype)))

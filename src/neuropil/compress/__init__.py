@@ -9,6 +9,7 @@ from neuropil.compress.coreinfer import CoreInfer, core_neurons, only, restrict
 from neuropil.compress.dead_neurons import DeadRate, DeadRates, dead_neuron_rate
 from neuropil.compress.dimap import dimap_masks, dimap_neuron_scores, dimap_prune, dimap_prune_neurons, dimap_scores
 from neuropil.compress.granet import GraNet
+from neuropil.compress.jlcm import learn_codebooks
 from neuropil.compress.masks import bake_masks, hold_masks
 from neuropil.compress.ofq import LsqActivation, StatsQuantizer
 from neuropil.compress.ofq_attention import QKRAttention
@@ -61,6 +62,7 @@ __all__ = [
     "dimap_prune_neurons",
     "dimap_scores",
     "hold_masks",
+    "learn_codebooks",
     "neuron_scores",
     "ofq_bake",
     "ofq_quantize",

@@ -219,17 +219,19 @@ def minimise(
     loss: Callable[[Tensor, Tensor], Tensor] = mean_error,
     penalty: Callable[[int], Tensor] | None = None,
     after: Callable[[], Any] | None = None,
+    optimizer: Callable[..., torch.optim.Optimizer] = torch.optim.Adam,
     seed: int = 0,
 ) -> list[float]:
     """Adam on the error between `layer(*args, **kwargs)` and the plain outputs; the loss of each step.
 
-    `parameters` are what is learned, or groups of it with learning rates of their own, as optimizers take them. No
-    gradient is left in anything else. `penalty(step)` is added to the loss; `after()` runs after each step (to
-    project parameters, say). Draws nothing from the global generator.
+    `parameters` are what is learned, or groups of it with learning rates of their own, as optimizers take them;
+    `optimizer(parameters, lr=lr)` makes another optimizer than Adam. No gradient is left in anything else.
+    `penalty(step)` is added to the loss; `after()` runs after each step (to project parameters, say). Draws nothing
+    from the global generator.
     Raises ReconstructionError where the loss is not finite.
     """
-    optimizer = torch.optim.Adam(parameters, lr=lr)
-    learned = [p for group in optimizer.param_groups for p in group["params"]]
+    stepper = optimizer(parameters, lr=lr)
+    learned = [p for group in stepper.param_groups for p in group["params"]]
     generator = torch.Generator().manual_seed(seed)
     losses = []
     for step in range(steps):
@@ -242,7 +244,7 @@ def minimise(
             raise ReconstructionError(f"{seen.name}: the loss is {value.item()} at step {step}; lower the lr")
         for p, gradient in zip(learned, torch.autograd.grad(value, learned, allow_unused=True), strict=True):
             p.grad = gradient
-        optimizer.step()
+        stepper.step()
         if after is not None:
             after()
     for p in learned:
