@@ -264,7 +264,10 @@ def _parametrized(module: nn.Module, grid: Uniform, tiles: Tiling, kind: type[Ro
 
 def _biases(work: nn.Module, names: Iterable[str]) -> list[nn.Parameter]:
     found = [work.get_submodule(name)._parameters.get("bias") for name in names]
-    return [bias.requires_grad_() for bias in found if isinstance(bias, nn.Parameter)]
+    biases = [bias for bias in found if bias is not None]
+    for bias in biases:
+        bias.requires_grad_()
+    return biases
 
 
 def _learn(
