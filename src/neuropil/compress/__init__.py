@@ -1,6 +1,7 @@
 """Which can go, in how few bits?"""
 
 from neuropil.compress.granet import GraNet
+from neuropil.compress.nupes import nupes_quantize
 from neuropil.compress.plasticity import Plasticity, pruning_plasticity
 from neuropil.compress.quantize import Quantizer, bake, calibrate, qat_prepare, quantize_model
 from neuropil.compress.sparse import pack_sparse, prune_magnitude
@@ -13,6 +14,7 @@ __all__ = [
     "bake",
     "calibrate",
     "neuron_scores",
+    "nupes_quantize",
     "pack_sparse",
     "prune_magnitude",
     "prune_neurons",
