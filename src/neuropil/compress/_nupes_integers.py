@@ -46,7 +46,8 @@ class _PowerLayer(nn.Module):
         """The signed codes of the weight, as a matrix."""
         return self.packing.integers().int() - self.top
 
-    def _bound(self, top: float, fan: int) -> int:
+    def _bound(self, top: Tensor, fan: int) -> int:
+        """What no sum of `fan` products exceeds."""
         return self.top**2 * int(top) ** 2 * fan
 
     def _scale(self, size: Tensor, top: Tensor) -> Float[Tensor, " out"]:
@@ -60,7 +61,7 @@ class PowerLinear(_PowerLayer):
     def forward(self, x: Float[Tensor, "*batch fan"]) -> Float[Tensor, "*batch out"]:
         k, size, top = self.inputs.codes(x)
         flat = squared(k.detach().int()).flatten(0, -2)
-        sums = integer_matmul(flat, squared(self.weight_codes()).T, self._bound(float(top), x.shape[-1]))
+        sums = integer_matmul(flat, squared(self.weight_codes()).T, self._bound(top, x.shape[-1]))
         out = sums.to(x.dtype).reshape(*x.shape[:-1], -1) * self._scale(size, top)
         return out if self.bias is None else out + self.bias
 
@@ -75,11 +76,12 @@ class PowerConv2d(_PowerLayer):
 
     def forward(self, x: Float[Tensor, "n c h w"]) -> Float[Tensor, "n out h2 w2"]:
         k, size, top = self.inputs.codes(x)
-        patches = F.unfold(squared(k.detach()), self.kernel, **self.how)  # small integers: exact in floats
+        k = k.detach()
+        patches = F.unfold(k * k.abs(), self.kernel, **self.how)  # small integers: exact in floats
         n, places = patches.shape[0], patches.shape[-1]
         patches = patches.reshape(n, self.groups, -1, places).int()
         weight = squared(self.weight_codes()).reshape(self.groups, -1, patches.shape[2])
-        bound = self._bound(float(top), patches.shape[2])
+        bound = self._bound(top, patches.shape[2])
         if self.groups == 1:
             flat = patches[:, 0].transpose(1, 2).flatten(0, 1)
             sums = integer_matmul(flat, weight[0].T, bound).reshape(n, places, -1).transpose(1, 2)

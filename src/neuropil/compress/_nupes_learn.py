@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from neuropil.compress._nupes_inputs import PowerInput
-from neuropil.compress._nupes_power import between, position
+from neuropil.compress._nupes_power import between, encode, position
 from neuropil.compress.quantize.gradients import soft_round
 from neuropil.compress.quantize.quantizer import straight_through
 from neuropil.compress.quantize.tiles import Tiling, from_tiles
@@ -47,47 +47,63 @@ class Learning:
 
 
 class FreeCodes(nn.Module):
-    """A weight as real codes that may travel over the whole grid, and its exponent."""
+    """A weight as real codes, what its exponent gives plus a shift of each that may cross any number of levels."""
 
     def __init__(self, w: Float[Tensor, "r g n"], size: Float[Tensor, "r g 1"], a: float, top: int, soft: bool) -> None:
         super().__init__()
-        self.size, self.top, self.start, self.soft = size, top, a, soft
-        self.code = nn.Parameter(position(w, size, a, top))
-        self.first = self.code.detach().clone()
+        self.w, self.size, self.top, self.start, self.soft = w, size, top, a, soft
+        self.shift = nn.Parameter(torch.zeros_like(w))
         share = (min(max(a, A_LOW + 1e-3), A_HIGH - 1e-3) - A_LOW) / (A_HIGH - A_LOW)
         self.free = nn.Parameter(torch.tensor(math.log(share / (1 - share))))
         self.free.register_hook(lambda gradient: gradient.clamp(-STEEP, STEEP))
-        self.temperature, self.hard, self.moved = WARM, False, False
+        self.temperature, self.hard, self.moving = WARM, False, False
 
     def exponent(self) -> Float[Tensor, ""]:
-        """A_LOW to A_HIGH; until the first step exactly the exponent that was given."""
-        if not self.moved:
+        """A_LOW to A_HIGH; before it moves exactly the exponent that was given."""
+        if not self.moving:
             return self.free * 0 + self.start
         return A_LOW + (A_HIGH - A_LOW) * torch.sigmoid(self.free)
 
-    def rounded(self) -> Float[Tensor, "r g n"]:
+    def code(self) -> Float[Tensor, "r g n"]:
+        """Where each weight lies among the codes."""
+        a = self.exponent() if self.moving else self.start
+        return (position(self.w, self.size, a, self.top) + self.shift).clamp(-self.top, self.top)
+
+    def rounded(self, code: Float[Tensor, "r g n"]) -> Float[Tensor, "r g n"]:
         """Integer codes; while it learns, softly rounded ones, or integers with a straight-through gradient."""
-        code = self.code.clamp(-self.top, self.top)
         if self.hard:
             return code.detach().round()
-        if self.soft:
-            return soft_round(code, self.temperature)
-        return straight_through(code, code.detach().round())
+        return soft_round(code, self.temperature) if self.soft else straight_through(code, code.detach().round())
 
     def weight(self) -> Float[Tensor, "r g n"]:
-        return between(self.rounded(), self.exponent(), self.top) * self.size
+        return between(self.rounded(self.code()), self.exponent(), self.top) * self.size
 
     def unrounded(self, beta: float) -> Float[Tensor, ""]:
         """mean(1 - |2 frac(u) - 1|^beta): 0 where all codes are integers."""
-        share = self.code - self.code.detach().floor()
+        code = self.code()
+        share = code - code.detach().floor()
         return (1 - (2 * share - 1).abs().pow(beta)).mean()
 
+    @torch.no_grad()
     def project(self) -> None:
-        self.code.data.clamp_(-self.top, self.top)
+        """Keep codes on the grid: a shift that leads beyond its end could not find back."""
+        a = self.exponent() if self.moving else self.start
+        at = position(self.w, self.size, a, self.top)
+        self.shift.copy_((at + self.shift).clamp(-self.top, self.top) - at)
 
+    @torch.no_grad()
     def restore(self) -> None:
         """Forget what was learned."""
-        self.code.data, self.moved = self.first.clone(), False
+        self.shift.zero_()
+        self.moving = False
+
+    @torch.no_grad()
+    def settled(self) -> tuple[Integer[Tensor, "r g n"], float, tuple[int, int]]:
+        """Integer codes, the exponent, and how many codes lie one level or more, and two or more, off the first."""
+        codes = self.code().round().to(torch.int16)
+        away = (codes - encode(self.w, self.size, self.start, self.top)).abs()
+        a = float(self.exponent()) if self.moving else self.start
+        return codes, a, (int((away >= 1).sum()), int((away >= 2).sum()))
 
 
 @dataclass
@@ -96,7 +112,7 @@ class Learned:
 
     codes: Integer[Tensor, "r g n"]
     exponent: float
-    moved: tuple[int, int]  # codes that differ from rounding to the nearest at all, and by two levels or more
+    moved: tuple[int, int]  # codes that differ from plain rounding at all, and by two levels or more
     before: float  # the error of the output, of its own mean square
     after: float
 
@@ -123,7 +139,8 @@ def learn_unit(work: nn.Module, unit: Unit, seen: Seen, how: Learning) -> dict[s
     with _frozen(module):
         with _hard(every):
             before = output_error(run, seen, error)
-        _minimise(run, unit, seen, how, error, before or plain)
+        with torch.enable_grad():
+            _minimise(run, unit, seen, how, error, before or plain)
         with _hard(every):
             after = output_error(run, seen, error)
             if not after <= before:
@@ -132,11 +149,7 @@ def learn_unit(work: nn.Module, unit: Unit, seen: Seen, how: Learning) -> dict[s
                 after = before
     found = {}
     for name, each in unit.layers.items():
-        codes = each.code.detach().round().clamp(-each.top, each.top)
-        away = (codes - each.first.round()).abs()
-        moved = int((away >= 1).sum()), int((away >= 2).sum())
-        a = float(each.exponent().detach())
-        found[name] = Learned(codes.to(torch.int16), a, moved, before / plain, after / plain)
+        found[name] = Learned(*each.settled(), before / plain, after / plain)
     return found
 
 
@@ -184,7 +197,7 @@ def _minimise(
 ) -> None:
     """Adam on the error, in units of that of rounding to the nearest, so that one strength suits all layers."""
     every = list(unit.layers.values())
-    groups: list[dict[str, Any]] = [{"params": [each.code for each in every], "lr": how.lr}]
+    groups: list[dict[str, Any]] = [{"params": [each.shift for each in every], "lr": how.lr}]
     if how.exponent:
         groups.append({"params": [each.free for each in every], "lr": how.exponent_lr})
     warm = int(WARM_UP * how.steps)
@@ -202,7 +215,7 @@ def _minimise(
         done += 1
         for each in every:
             each.project()
-            each.moved = how.exponent
+            each.moving = how.exponent
             each.temperature = WARM * (COLD / WARM) ** (done / how.steps)
 
     minimise(

@@ -16,7 +16,7 @@ from neuropil.compress._nupes_power import decode, encode
 BINS = 1 << 14
 CHUNK = 1 << 20  # weights looked at at a time
 LOW, HIGH = 0.1, 1.5  # where exponents are looked for
-CLIPS = np.geomspace(1.0, 0.1, 33)
+CLIPS = np.geomspace(1.0, 0.1, 17)
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ def find_exponent(spreads: Sequence[Spread], clip: bool = False) -> float:
 def best_size(w: Float[Tensor, "r g n"], size: Float[Tensor, "r g 1"], a: float, top: int) -> Float[Tensor, "r g 1"]:
     """The scale of each tile, the largest number or less, with the least squared error at this exponent."""
     best, least = size, torch.full_like(size, torch.inf)
-    for factors in (torch.as_tensor(CLIPS), torch.linspace(0.95, 1.05, 9)):
+    for factors in (torch.as_tensor(CLIPS), torch.linspace(0.93, 1.07, 9)):
         start = best
         for factor in factors.tolist():
             at = torch.minimum(start * factor, size)
