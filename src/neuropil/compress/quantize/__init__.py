@@ -44,7 +44,10 @@ Inference", 2021, arXiv:2103.13630.
 
 from neuropil.compress.quantize.binary import TTQ, BinaryWeight, LossAwareBinary, clip_masters
 from neuropil.compress.quantize.binary_codes import BinaryCodes
+from neuropil.compress.quantize.correction import correct_bias, correct_bias_from
 from neuropil.compress.quantize.deep import MaskedQuantizer, deep_compress
+from neuropil.compress.quantize.equalise import absorb_bias, equalise, split_outliers
+from neuropil.compress.quantize.folding import bake_folded, fold, fold_qat
 from neuropil.compress.quantize.gradients import (
     GumbelQuantizer,
     ProxQuant,
@@ -54,11 +57,33 @@ from neuropil.compress.quantize.gradients import (
     soft_round,
 )
 from neuropil.compress.quantize.grids import Levels, Uniform, stochastic_round, uniform
+from neuropil.compress.quantize.hessian import curvature, hessian_traces, top_eigenvalues
 from neuropil.compress.quantize.importance import fisher_diagonal, hessian_quantize
+from neuropil.compress.quantize.integer import convert_integer
+from neuropil.compress.quantize.integer_math import (
+    IntegerGELU,
+    IntegerLayerNorm,
+    IntegerSoftmax,
+    i_exp,
+    i_gelu,
+    i_layernorm,
+    i_softmax,
+    i_sqrt,
+    integer_functions,
+)
 from neuropil.compress.quantize.learned import LSQ, PACT, QIL, LearnedLevels, LSQPlus
 from neuropil.compress.quantize.losses import LayerLoss, layer_losses
 from neuropil.compress.quantize.low_precision import LowPrecision
 from neuropil.compress.quantize.methods import Method, list_methods
+from neuropil.compress.quantize.mixed import (
+    bit_allocation,
+    bops_costs,
+    operations,
+    recipe,
+    roofline_costs,
+    sensitivity,
+    size_costs,
+)
 from neuropil.compress.quantize.models import (
     RECIPES,
     bake,
@@ -75,10 +100,17 @@ from neuropil.compress.quantize.noise import QuantNoise, stochastic_signs
 from neuropil.compress.quantize.nonuniform import kmeans
 from neuropil.compress.quantize.observers import Observer
 from neuropil.compress.quantize.quantizer import FakeQuantizer, Quantizer, packing_of, straight_through
+from neuropil.compress.quantize.ranges import aciq_clip, omse
+from neuropil.compress.quantize.reports import QuantizationReport, report
+from neuropil.compress.quantize.rescaling import dyadic, requantize
+from neuropil.compress.quantize.rounding import learn_rounding
+from neuropil.compress.quantize.search import BitBranches, bit_search
 from neuropil.compress.quantize.sign_gradients import ABCActivation, RPReLU, Sign, sign
+from neuropil.compress.quantize.teacher import distillation, soft_loss
 from neuropil.compress.quantize.tiles import QuantizationError, channels_of, from_tiles, tiling, to_tiles
 from neuropil.compress.quantize.vectors import ProductQuantizer, finetune_codebooks, product_quantize
 from neuropil.compress.quantize.xnor import XNORConv2d, XNORLinear
+from neuropil.compress.quantize.zero_shot import dfq, distil_data, train_without_data
 
 __all__ = [
     "LSQ",
@@ -89,8 +121,12 @@ __all__ = [
     "ABCActivation",
     "BinaryCodes",
     "BinaryWeight",
+    "BitBranches",
     "FakeQuantizer",
     "GumbelQuantizer",
+    "IntegerGELU",
+    "IntegerLayerNorm",
+    "IntegerSoftmax",
     "LSQPlus",
     "LayerLoss",
     "LearnedLevels",
@@ -104,6 +140,7 @@ __all__ = [
     "ProxQuant",
     "QuantNoise",
     "QuantizationError",
+    "QuantizationReport",
     "Quantizer",
     "RPReLU",
     "Sign",
@@ -111,35 +148,72 @@ __all__ = [
     "Uniform",
     "XNORConv2d",
     "XNORLinear",
+    "absorb_bias",
+    "aciq_clip",
     "bake",
+    "bake_folded",
+    "bit_allocation",
+    "bit_search",
+    "bops_costs",
     "calibrate",
     "channels_of",
     "clip_masters",
+    "convert_integer",
+    "correct_bias",
+    "correct_bias_from",
+    "curvature",
     "deep_compress",
+    "dfq",
+    "distil_data",
+    "distillation",
+    "dyadic",
+    "equalise",
     "finetune_codebooks",
     "fisher_diagonal",
+    "fold",
+    "fold_qat",
     "from_tiles",
     "grid_distance",
     "hessian_quantize",
+    "hessian_traces",
+    "i_exp",
+    "i_gelu",
+    "i_layernorm",
+    "i_softmax",
+    "i_sqrt",
+    "integer_functions",
     "kmeans",
     "layer_losses",
     "layers",
+    "learn_rounding",
     "list_methods",
+    "omse",
+    "operations",
     "pack_layers",
     "packing_of",
     "product_quantize",
     "qat_prepare",
     "quantize_model",
     "quantizer_for",
+    "recipe",
+    "report",
+    "requantize",
+    "roofline_costs",
     "round_inputs",
     "run_batches",
+    "sensitivity",
     "sign",
     "sine_penalty",
+    "size_costs",
+    "soft_loss",
     "soft_round",
+    "split_outliers",
     "stochastic_round",
     "stochastic_signs",
     "straight_through",
     "tiling",
     "to_tiles",
+    "top_eigenvalues",
+    "train_without_data",
     "uniform",
 ]

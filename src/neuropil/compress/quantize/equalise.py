@@ -81,11 +81,11 @@ def _equalise(model: nn.Module, pair: Pair, statistics: Statistics | None) -> fl
 def absorb_bias(
     model: nn.Module, statistics: Statistics, pairs_of_layers: Sequence[tuple[str, str]] | None = None
 ) -> Changes:
-    """A copy in which what activations never fall below, $c = \\max(0, \\beta - 3\\gamma)$, is in the next layer's bias.
+    """A copy in which what activations never fall below is in the next layer's bias.
 
-    `statistics` are those that `fold` gives; they are moved along, in place. The function stays the same for
-    activations above c (all but 0.13 % of a Gaussian) and, in convolutions with zero padding, away from the border:
-    the paper's approximation. A second layer without a bias gets one.
+    That is $c = \\max(0, \\beta - 3\\gamma)$. `statistics` are those that `fold` gives; they are moved along, in place.
+    The function stays the same for activations above c (all but 0.13 % of a Gaussian) and, in convolutions with zero
+    padding, away from the border: the paper's approximation. A second layer without a bias gets one.
     """
     made = copy.deepcopy(model)
     changed, left = [], {}
@@ -156,7 +156,9 @@ def split_outliers(model: nn.Module, share: float = 0.02, *, skip: Iterable[str]
     changed = []
     for name, module in found.items():
         if not isinstance(module, nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d) or getattr(module, "groups", 1) > 1:
-            left[name] = f"a {type(module).__name__} cannot be split" + (" where it has groups" * hasattr(module, "groups"))
+            left[name] = f"a {type(module).__name__} cannot be split" + (
+                " where it has groups" * hasattr(module, "groups")
+            )
         elif counts[id(module.weight)] > 1 or not name:
             left[name] = "its weight is tied" if name else "the model is itself the layer: put it in a Sequential"
         else:

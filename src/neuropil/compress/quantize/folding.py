@@ -3,7 +3,8 @@ r"""Batch norm folded into the layer before it: after training, and in quantizat
 A layer with weight W and bias b, and a batch norm with $\gamma, \beta$ and running $\mu, \sigma^2$ answer together what
 one layer answers with
 
-$$ W' = \frac{\gamma W}{\sqrt{\sigma^2 + \varepsilon}} \qquad b' = \beta + \frac{\gamma (b - \mu)}{\sqrt{\sigma^2 + \varepsilon}} $$
+$$ W' = \frac{\gamma W}{\sqrt{\sigma^2 + \varepsilon}} \qquad
+   b' = \beta + \frac{\gamma (b - \mu)}{\sqrt{\sigma^2 + \varepsilon}} $$
 
 >>> model = nn.Sequential(nn.Conv2d(1, 4, 3, bias=False), nn.BatchNorm2d(4), nn.ReLU()).eval()
 >>> x = torch.randn(2, 1, 8, 8)
@@ -85,11 +86,12 @@ class FoldedNorm(nn.Module):
     """A layer and its batch norm, trained with the folded weight rounded; `freeze()` fixes the statistics.
 
     Before that the batch's statistics normalise (the running ones are updated by it), through the rounded folded
-    weight undone: $\\mathrm{BN}(Q(\\gamma W / \\sigma) x \\cdot \\sigma / \\gamma + b)$. After `delay` training steps it
-    freezes itself; None leaves that to the caller.
+    weight undone: $\\mathrm{BN}(Q(\\gamma W / \\sigma) x \\cdot \\sigma / \\gamma + b)$. After `delay` training steps
+    it freezes itself; None leaves that to the caller.
     """
 
     steps: Tensor
+    frozen: Tensor
 
     def __init__(self, layer: nn.Module, norm: nn.Module, quantizer: nn.Module, delay: int | None = None) -> None:
         super().__init__()

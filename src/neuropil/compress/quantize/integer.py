@@ -15,8 +15,8 @@ changed 2 modules
 >>> changes.model(x).shape, bool((changes.model(x) - model(x)).abs().max() < 0.05)
 (torch.Size([64, 10]), True)
 
-Batch norms are folded first. Batches of real numbers go in and real numbers come out; between the first rounding and the
-last scaling there is no float. What has no integer form (an attention, a sigmoid) is computed in float between
+Batch norms are folded first. Batches of real numbers go in and real numbers come out; between the first rounding and
+the last scaling there is no float. What has no integer form (an attention, a sigmoid) is computed in float between
 rescaled codes and is named in `left`.
 
 Sources: Jacob et al. 2018, arXiv:1712.05877; Yao et al. 2021, arXiv:2011.10680 (HAWQ-V3).
@@ -34,19 +34,29 @@ from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
 from neuropil.changes import Changes
-from neuropil.compress.quantize.dyadic import dyadic, requantize
 from neuropil.compress.quantize.folding import fold
 from neuropil.compress.quantize.graph import CONVS, RELUS, _is, traced
 from neuropil.compress.quantize.grids import Uniform, uniform
 from neuropil.compress.quantize.models import layers, run_batches, weight_of
 from neuropil.compress.quantize.observers import Observer
+from neuropil.compress.quantize.rescaling import dyadic, requantize
 from neuropil.compress.quantize.tiles import QuantizationError
 
-Codes = Integer[Tensor, "*shape"]
+Codes = Integer[Tensor, "..."]
 
 # Operations that move codes about or choose among them: the same codes, on the same grid.
 _MOVES = (
-    *(nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, F.dropout, nn.Flatten, torch.flatten, "flatten"),
+    *(
+        nn.Identity,
+        nn.Dropout,
+        nn.Dropout1d,
+        nn.Dropout2d,
+        nn.Dropout3d,
+        F.dropout,
+        nn.Flatten,
+        torch.flatten,
+        "flatten",
+    ),
     *(nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d, F.max_pool1d, F.max_pool2d, F.max_pool3d),
     *("view", "reshape", "contiguous", "permute", "transpose", torch.permute, torch.transpose, torch.reshape),
 )
@@ -61,7 +71,7 @@ class Round(nn.Module):
         self.register_buffer("scale", grid.scale.flatten()[0])
         self.zero = int(grid.zero.flatten()[0])
 
-    def forward(self, x: Float[Tensor, "*shape"]) -> Codes:
+    def forward(self, x: Float[Tensor, ...]) -> Codes:
         scale = self.scale
         assert isinstance(scale, Tensor)
         return ((x / scale).round() + self.zero).clamp(-128, 127).to(torch.int8)
@@ -70,7 +80,7 @@ class Round(nn.Module):
 class Scale(Round):
     """int8 codes to real numbers."""
 
-    def forward(self, q: Codes) -> Float[Tensor, "*shape"]:
+    def forward(self, q: Codes) -> Float[Tensor, ...]:
         scale = self.scale
         assert isinstance(scale, Tensor)
         return (q.to(scale.dtype) - self.zero) * scale
@@ -153,6 +163,9 @@ class IntegerLayer(nn.Module):
 class IntegerAdd(nn.Module):
     """The sum of two tensors of codes on different grids, in codes of a third."""
 
+    m: Tensor
+    c: Tensor
+
     def __init__(self, first: Uniform, second: Uniform, after: Uniform, relu: bool = False) -> None:
         super().__init__()
         self.zeros = [int(grid.zero.flatten()[0]) for grid in (first, second, after)]
@@ -162,9 +175,9 @@ class IntegerAdd(nn.Module):
         self.low = self.zeros[2] if relu else -128
 
     def forward(self, a: Codes, b: Codes) -> Codes:
-        m, c, top = self.m, self.c, self.c.max()  # type: ignore[union-attr, operator]
+        m, c, top = self.m, self.c, self.c.max()
         lift = top - c  # both products over one power of two, so that the sum is rounded once
-        total = ((a.long() - self.zeros[0]) * m[0] << lift[0]) + ((b.long() - self.zeros[1]) * m[1] << lift[1])  # type: ignore[index]
+        total = ((a.long() - self.zeros[0]) * m[0] << lift[0]) + ((b.long() - self.zeros[1]) * m[1] << lift[1])
         return (requantize(total, torch.ones_like(top), top) + self.zeros[2]).clamp(self.low, 127).to(torch.int8)
 
 
@@ -230,7 +243,7 @@ def _ranges(graph: fx.GraphModule, calibration: Iterable[Any], observer: str) ->
         Watch(graph).run(*batch, *named.values())
 
     shell = nn.Module()
-    shell.forward = run  # type: ignore[assignment]
+    shell.forward = run
     graph.eval()
     run_batches(shell, calibration)
     grids = {}
@@ -287,7 +300,7 @@ class _Conversion:
                 self._attribute(str(node.target))
         elif node.op == "output":
             self.made.output(fx.map_arg(node.args[0], self._float))
-        elif real and isinstance(module, nn.Linear | CONVS):
+        elif real and isinstance(module, (nn.Linear, *CONVS)):
             relu = self._relu_after(node)
             grid = self.grids[relu or node]
             before = self._code(source)  # type: ignore[arg-type]

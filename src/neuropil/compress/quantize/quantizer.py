@@ -92,7 +92,8 @@ class Quantizer(FakeQuantizer):
     scheme: uniform: "affine", "symmetric" (full range), "restricted", "unsigned", "midrise" (see `grids.uniform`);
         of levels: those of `schemes.LEVELS` ("binary", "ternary", "pow2", "apot", "codebook", ...).
     granularity: "tensor", "channel", ("channels", n), ("group", g), or "token" (dynamic only).
-    observer: "minmax", "moving", "percentile", "mse", "aciq", "entropy"; of the uniform schemes (the others fit their levels).
+    observer: "minmax", "moving", "percentile", "mse", "aciq", "entropy"; of the uniform schemes (others fit
+        their levels).
     rounding: "nearest" or "stochastic" (torch's global generator).
     gradient: "clipped", the straight-through gradient of numbers within half a step of the grid only (as
         `torch.fake_quantize_per_tensor_affine` has it), or "identity", as it always is for levels.

@@ -1,7 +1,7 @@
 r"""Rounding up or down as the layer's output asks, rather than to the nearest: AdaRound, BRECQ, AdaQuant.
 
-AdaRound learns for each weight whether it is rounded up, $\tilde w = s\,\mathrm{clip}(\lfloor w / s \rfloor + h(v))$ with
-$h(v) = \mathrm{clip}(1.2\,\sigma(v) - 0.1, 0, 1)$, from a few unlabelled batches:
+AdaRound learns for each weight whether it is rounded up, $\tilde w = s\,\mathrm{clip}(\lfloor w / s \rfloor + h(v))$
+with $h(v) = \mathrm{clip}(1.2\,\sigma(v) - 0.1, 0, 1)$, from a few unlabelled batches:
 
 $$ \min_v \lVert f(W x) - f(\tilde W \hat x) \rVert^2 + \lambda \sum (1 - |2 h(v) - 1|^\beta), \quad \beta: 20 \to 2 $$
 
@@ -82,7 +82,7 @@ class Rounding(FakeQuantizer):
         return (floor + self.up()).clamp(self.grid.low, self.grid.high)
 
     def forward(self, w: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
-        made = self.grid.values(self.codes(w.detach()))  # type: ignore[arg-type]
+        made = self.grid.values(self.codes(w.detach()))
         return from_tiles(made, self.tiles, w.shape).to(w.dtype)
 
     def pack(self, w: Float[Tensor, "*shape"]) -> Packing:

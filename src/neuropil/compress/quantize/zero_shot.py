@@ -32,11 +32,11 @@ from torch import Tensor, nn
 
 from neuropil.changes import Changes
 from neuropil.compress.quantize.correction import correct_bias_from
-from neuropil.compress.quantize.distillation import distillation
 from neuropil.compress.quantize.equalise import absorb_bias, equalise
 from neuropil.compress.quantize.folding import fold
 from neuropil.compress.quantize.graph import NORMS
 from neuropil.compress.quantize.models import Weights, bake, calibrate, input_quantizers, qat_prepare, quantize_model
+from neuropil.compress.quantize.teacher import distillation
 from neuropil.compress.quantize.tiles import QuantizationError
 from neuropil.evaluate import evaluating
 from neuropil.training import fit
@@ -71,7 +71,7 @@ def distil_data(
     input_statistics: tuple[float, float] | None = (0.0, 1.0),
     limits: tuple[float, float] | None = None,
     seed: int = 0,
-) -> Float[Tensor, "count *shape"]:
+) -> Float[Tensor, count * shape]:
     """Inputs of this `shape` that look to every batch norm of the model as the training data did.
 
     input_statistics: mean and deviation of real inputs (ZeroQ matches these too); None where they are not known.
@@ -123,7 +123,7 @@ def _distance(x: Tensor, mean: Tensor, deviation: Tensor) -> Tensor:
 def train_without_data(
     model: nn.Module,
     weights: Weights,
-    data: Float[Tensor, "n *shape"],
+    data: Float[Tensor, n * shape],
     *,
     activations: Any = None,
     skip: Iterable[str] = (),

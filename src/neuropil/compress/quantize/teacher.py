@@ -1,6 +1,7 @@
 r"""A rounded student that learns from its float teacher.
 
-$$ (1 - \lambda)\,\mathrm{CE}(s, y) + \lambda T^2\,\mathrm{KL}(t / T \,\|\, s / T) + \mu \sum_l \lVert s_l - t_l \rVert^2 $$
+$$ (1 - \lambda)\,\mathrm{CE}(s, y) + \lambda T^2\,\mathrm{KL}(t / T \,\|\, s / T)
+   + \mu \sum_l \lVert s_l - t_l \rVert^2 $$
 
 >>> from neuropil.compress.quantize import LSQ, qat_prepare
 >>> from neuropil.training import fit

@@ -4,9 +4,9 @@ A number is an integer q times a scale S. A polynomial $a (x + b)^2 + c$ of it i
 $q' = (q + \lfloor b / S \rfloor)^2 + \lfloor c / (a S^2) \rfloor$ with scale $a S^2$. The exponential of $x \le 0$
 halves as often as ln 2 goes into $-x$ and takes the polynomial $0.3585 (p + 1.353)^2 + 0.344$ of the rest.
 
->>> q, scale = i_exp(torch.tensor([0, -1000, -2000]), 1e-3)
+>>> q, scale = i_exp(torch.tensor([0, -10000, -30000]), 1e-4)
 >>> (q * scale).round(decimals=2)
-tensor([1.0000, 0.3700, 0.1400])
+tensor([1.0000, 0.3700, 0.0500])
 >>> i_sqrt(torch.tensor([0, 15, 16, 10**12]))
 tensor([      0,       3,       4, 1000000])
 
@@ -69,13 +69,14 @@ def i_sqrt(n: Integers) -> Integers:
     if bool((n < 0).any()):
         raise QuantizationError(f"i_sqrt of {int(n.min())}: expected integers of at least 0")
     n = n.long()
-    bits = torch.frexp(n.double()).exponent  # 2^bits > n
+    positive = n.clamp_min(1)
+    bits = torch.frexp(positive.double()).exponent.long()  # 2^bits > n
     x = torch.ones_like(n) << ((bits + 1) // 2).clamp(max=32)
     while True:
-        better = (x + n // x) >> 1
+        better = (x + positive // x) >> 1
         if not bool((better < x).any()):
             return torch.where(n > 0, x, 0)
-        x = torch.minimum(x, better).clamp_min(1)
+        x = torch.minimum(x, better)
 
 
 def i_softmax(q: Integer[Tensor, "*batch n"], scale: float, bits: int = 8) -> tuple[Integer[Tensor, "*batch n"], float]:
@@ -87,9 +88,7 @@ def i_softmax(q: Integer[Tensor, "*batch n"], scale: float, bits: int = 8) -> tu
     return ((powers << bits) // powers.sum(-1, keepdim=True)).clamp(max=2**bits - 1), 2.0**-bits
 
 
-def i_layernorm(
-    q: Integer[Tensor, "*batch n"], bits: int = 10
-) -> tuple[Integer[Tensor, "*batch n"], float]:
+def i_layernorm(q: Integer[Tensor, "*batch n"], bits: int = 10) -> tuple[Integer[Tensor, "*batch n"], float]:
     """What a layer norm makes of the last dimension before its weight and bias, with a scale of $2^{-bits}$.
 
     The scale of what goes in does not matter, nor does an epsilon: a row of equal numbers gives 0. Rows of small

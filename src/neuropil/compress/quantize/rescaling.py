@@ -23,7 +23,7 @@ def dyadic(x: Float[Tensor, "*shape"], bits: int = 31) -> tuple[Integer[Tensor, 
     """
     if not bool((torch.isfinite(x) & (x >= 0)).all()) or bool((x >= 2.0 ** (bits - 1)).any()):
         raise QuantizationError(f"scales from {float(x.min())} to {float(x.max())}: expected 0 to 2^{bits - 1}")
-    fraction, exponent = torch.frexp(x.double())  # x = fraction 2^exponent, 0.5 <= fraction < 1
+    exponent = torch.frexp(x.double()).exponent  # x = fraction 2^exponent, 0.5 <= fraction < 1
     shift = (bits - exponent).clamp(max=62)  # far below what 31 bits can be multiplied to one by
     m = (x.double() * 2.0 ** shift.double()).round().long()
     full = m >= 2**bits  # rounded up to one bit more
