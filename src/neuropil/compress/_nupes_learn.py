@@ -35,9 +35,9 @@ class Learning:
     exponent: bool = True
     steps: int = 1000
     batch: int = 32
-    lr: float = 1e-2
-    exponent_lr: float = 1e-3
-    strength: float = 0.01
+    lr: float = 3e-2
+    exponent_lr: float = 3e-3
+    strength: float = 0.1
     rounding: str = "soft"
     seed: int = 0
 

@@ -154,9 +154,9 @@ def nupes_quantize(
     blocks: Sequence[str] = (),
     steps: int = 1000,
     batch: int = 32,
-    lr: float = 1e-2,
-    exponent_lr: float = 1e-3,
-    strength: float = 0.01,
+    lr: float = 3e-2,
+    exponent_lr: float = 3e-3,
+    strength: float = 0.1,
     rounding: str = "soft",
     seed: int = 0,
 ) -> PowerChanges:
@@ -178,7 +178,8 @@ def nupes_quantize(
     blocks: modules whose outputs are kept instead of those of the layers in them.
     steps, batch, lr, exponent_lr, strength, seed: of the learning of each layer or block, by Adam; `strength` is the
         lambda of the pull towards integers.
-    rounding: "soft", or "straight-through" for hard rounding with the gradient let through.
+    rounding: "soft", or "straight-through" for hard rounding with the gradient let through; that one never settles, and
+        wants a learning rate about a hundred times lower.
 
     Embeddings, tied weights and layers that never run are rounded without being learned. Where learning does not lower
     a layer's error on the calibration, plain rounding stays.
