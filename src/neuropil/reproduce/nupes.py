@@ -21,6 +21,8 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from neuropil import evaluate
+from neuropil.compress._nupes_power import largest
+from neuropil.compress._nupes_search import Spread
 from neuropil.compress.nupes import nupes_quantize
 from neuropil.compress.quantize import quantize_model
 from neuropil.compress.quantize.models import calibrate, round_inputs
@@ -59,11 +61,12 @@ NOTES: tuple[str, ...] = ()
 SEEDS: dict[Scale, tuple[int, ...]] = {"smoke": (0,), "default": (0, 1, 2), "paper": (0, 1, 2, 3, 4)}
 SETTINGS: dict[Scale, dict[str, Any]] = {
     "smoke": {"data": "digits", "images": 1437, "epochs": 8, "steps": 40, "windows": 0, "parts": 1},
-    "default": {"data": "fashion-mnist", "images": 20_000, "epochs": 3, "steps": 300, "windows": 12, "parts": 3},
+    "default": {"data": "fashion-mnist", "images": 20_000, "epochs": 3, "steps": 300, "windows": 9, "parts": 3},
     "paper": {"data": "fashion-mnist", "images": 60_000, "epochs": 20, "steps": 10_000, "windows": 100, "parts": 5},
 }
 LENGTH, CALIBRATION, BATCH = 512, 512, 64
 PER = ("tensor", "channel")
+EXPONENTS = tuple(i / 10 for i in range(2, 13))
 FULL = "full precision"
 UNIFORM, CLIPPED = "uniform", "uniform, clipped"
 GLOBAL, LAYERS, HALF = "power, one exponent", "power, an exponent a layer", "power 0.5"
@@ -101,7 +104,9 @@ def measure(scale: Scale, seed: int, progress: Meter) -> list[Measurement]:
     progress(0.0, "training")
     model = trained(train, settings, seed)
     judge = partial(language, settings, seed) if settings["windows"] else partial(labels, model, test)
-    return [*without_data(judge, progress), *with_data(model, train, test, settings, seed, progress)]
+    rows = without_data(judge, progress)
+    rows += language_curve(settings["windows"]) if settings["windows"] else curve(matrices(model))
+    return [*rows, *with_data(model, train, test, settings, seed, progress)]
 
 
 # --- without data --------------------------------------------------------------------------------
@@ -154,6 +159,29 @@ def labels(model: nn.Module, test: Split, bits: int, per: str, name: str) -> tup
     changes = nupes_quantize(model, bits, per=per, ends=None, **SEARCH[name])
     exponent = statistics.fmean(layer.exponent for layer in changes.layers.values())
     return float(cross_entropy(changes.model(test[0]), test[1])), exponent
+
+
+def matrices(model: nn.Module) -> tuple[Tensor, ...]:
+    """The weights of a model's layers, its output head left out, as matrices."""
+    layers = [m for n, m in model.named_modules() if isinstance(m, nn.Linear | nn.Conv2d) and n != "lm_head"]
+    return tuple(layer.weight.detach().flatten(1) for layer in layers)
+
+
+@cache
+def language_curve(windows: int) -> tuple[Measurement, ...]:
+    return tuple(curve(matrices(_texts(windows)[0])))
+
+
+def curve(weights: tuple[Tensor, ...]) -> list[Measurement]:
+    """The weights' relative error at 4 bits by exponent, with one exponent for all: what the search goes down."""
+    rows = []
+    norm = sum(float(w.norm()) for w in weights)
+    for per, axis in zip(PER, (None, 0), strict=True):
+        spreads = [Spread.of(w, largest(w, axis), 7) for w in weights]
+        for a in EXPONENTS:
+            error = sum(spread.error(a) for spread in spreads) / norm
+            rows.append(Measurement(f"exponent {a:.1f}", f"weight error, 4 bits a {per}", error, "", False, a == 1.0))
+    return rows
 
 
 # --- with data -----------------------------------------------------------------------------------
@@ -273,24 +301,32 @@ def verdict(rows: Sequence[Row]) -> str:
 
 
 def figure(report: Report) -> Figure:
-    """Left: surprise without data. Right: accuracy with data. Grey: baselines."""
-    out = Figure(figsize=(13, 6.2), layout="constrained")
-    left, right = out.subfigures(1, 2)
-    over = left.subplots(2, 1, sharex=False)
-    what = "SmolLM2" if report.settings["windows"] else "digits"
-    for panel, per in zip(over, PER, strict=True):
+    """Left: surprise without data, and the weights' error by exponent. Right: accuracy with data. Grey: baselines."""
+    out = Figure(figsize=(13, 8), layout="constrained")
+    halves: Any = out.subfigures(1, 2)
+    left, right = halves
+    over = left.subplots(3, 1)
+    what = "SmolLM2" if report.settings["windows"] else report.settings["data"]
+    for panel, per in zip(over[:2], PER, strict=True):
         _dots(panel, [r for r in report.rows if r.metric == surprise(4, per)])
         panel.axvline(report.row(FULL, "surprise").mean, color="#333", linewidth=0.8, linestyle=":")
-        panel.set(xlabel="surprise (nats a token; dotted: full precision)")
+        panel.set(xlabel="surprise (nats; dotted: full precision)")
         panel.set_title(f"{what} without data, 4 bits, a scale a {per}", fontsize="medium")
-    over = right.subplots(3, 1)
-    for panel, (bits, inputs) in zip(over, CASES, strict=True):
+    for per, style in zip(PER, ("o-", "s--"), strict=True):
+        error = [report.row(f"exponent {a:.1f}", f"weight error, 4 bits a {per}").mean for a in EXPONENTS]
+        over[2].plot(EXPONENTS, error, style, color="#0b6e99", label=f"a scale a {per}")
+    over[2].axvline(1.0, color="#8a8f98", linewidth=0.8)
+    over[2].annotate("uniform", (1.0, 0.92), (3, 0), ("data", "axes fraction"), "offset points", color="#8a8f98")
+    over[2].set(xlabel="exponent, one for all layers", ylabel="relative error", ylim=(0, None))
+    over[2].set_title(f"{what}: error of the weights at 4 bits", fontsize="medium")
+    over[2].legend(frameon=False, loc="lower right")
+    over[2].spines[["top", "right"]].set_visible(False)
+    for panel, (bits, inputs) in zip(right.subplots(3, 1), CASES, strict=True):
         _dots(panel, [r for r in report.rows if r.metric == accurate(bits, inputs)])
         panel.axvline(report.row(FULL, "accuracy").mean, color="#333", linewidth=0.8, linestyle=":")
-        panel.set_title(
-            f"{report.settings['data']}, {bits} bits" + (f", inputs in {inputs}" if inputs else ""), fontsize="medium"
-        )
-    over[-1].set(xlabel="test accuracy (%; dotted: full precision)")
+        more = f", inputs in {inputs}" if inputs else ""
+        panel.set_title(f"{report.settings['data']} with data, {bits} bits{more}", fontsize="medium")
+        panel.set(xlabel="test accuracy (%; dotted: full precision)")
     out.suptitle(f"nupes: {report.verdict}", fontsize="medium")
     return out
 
