@@ -11,6 +11,7 @@ from neuropil.compress.dimap import dimap_masks, dimap_neuron_scores, dimap_prun
 from neuropil.compress.granet import GraNet
 from neuropil.compress.jlcm import learn_codebooks
 from neuropil.compress.masks import bake_masks, hold_masks
+from neuropil.compress.nupes import nupes_quantize
 from neuropil.compress.ofq import LsqActivation, StatsQuantizer
 from neuropil.compress.ofq_attention import QKRAttention
 from neuropil.compress.ofq_models import CGA, ofq_bake, ofq_quantize
@@ -64,6 +65,7 @@ __all__ = [
     "hold_masks",
     "learn_codebooks",
     "neuron_scores",
+    "nupes_quantize",
     "ofq_bake",
     "ofq_quantize",
     "only",
