@@ -32,8 +32,8 @@ model that has only those neurons (for models without a cache too), `only` the s
 Chosen where the paper leaves something open, or differently:
 
 * `score="abs"` ranks by $|h_i|$, which is the same as the authors' rule for ReLU (all scores are positive there). For
-  gated SiLU, half of the large activations are negative and a rule by sign drops them: it loses about twice the
-  likelihood. `score="signed"` is the authors' rule.
+  gated SiLU, half of the large activations are negative and a rule by sign drops them, which costs
+  clearly more likelihood (the reproduction has both). `score="signed"` is the authors' rule.
 * Neurons with a score of zero or less are never core, as the paper defines it (its code fills up with them). Equal
   frequencies are ordered by the sum of the scores, then by index, so that no result hangs on the order of neurons.
 * The layers are those of the code, 6 to 26 of 32, scaled to the model's depth.
