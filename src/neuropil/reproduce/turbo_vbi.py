@@ -66,8 +66,12 @@ NOTES = (
     "and fine-tuning together.",
     "Chains both ways must be weak: each weight has four neighbours, and at the runs that chains one way have nearly "
     "all weights stay.",
-    "Group variational dropout prunes whole inputs of a layer, too coarse for 10 % of these weights; within the last "
-    "group kept whole or not, weights are taken in their order.",
+    "Group variational dropout prunes whole inputs of a layer, too coarse for 10 % of these weights; of the last "
+    "group, which is kept in part, the first weights stay.",
+    "Likely reason that accuracy does not rise: a chain keeps the neighbours of a weight that is needed, and the "
+    "inputs of a hidden layer have no order that would make them needed too. The price grows with sparsity (5 %). The "
+    "gain is in the pattern alone: counted with 32-bit values, half as many independent weights of about the same "
+    "accuracy take less room than clustered ones.",
 )
 SEEDS: dict[Scale, tuple[int, ...]] = {"smoke": (0,), "default": (0, 1, 2), "paper": (0, 1, 2, 3, 4)}
 SETTINGS: dict[Scale, dict[str, Any]] = {
