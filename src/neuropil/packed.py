@@ -412,6 +412,8 @@ class _Packed:
 
     @property
     def weight(self) -> Tensor:
+        if next(self.packing.buffers()).is_meta:  # sizes that are kept in tensors cannot be read there
+            return torch.empty(self.packing.shape, dtype=self._dtype, device="meta")
         return self.packing.dense().to(self._dtype)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:

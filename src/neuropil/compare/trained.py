@@ -1,4 +1,4 @@
-"""The arms that train: each is given the same number of steps with the same optimizer on the same images."""
+"""The arms that learn: from calibration images layer by layer, or trained, all for the same number of steps."""
 
 from __future__ import annotations
 
@@ -19,6 +19,8 @@ from neuropil.compress import (
     bake_masks,
     binarize_model,
     dimap_prune,
+    learn_codebooks,
+    nupes_quantize,
     ofq_bake,
     ofq_quantize,
     pack_sparse,
@@ -28,6 +30,7 @@ from neuropil.compress import (
 from neuropil.compress.biper import set_stage
 from neuropil.compress.masks import hold_masks
 from neuropil.compress.quantize import LSQ
+from neuropil.compress.recipes import STEPS
 
 Make = Callable[[Subject], nn.Module]
 RATE = 3e-4
@@ -105,6 +108,20 @@ def turbo_vbi(subject: Subject) -> nn.Module:
     optimizer = torch.optim.AdamW(groups, weight_decay=0.0)
     subject.finetune(model, optimizer=optimizer, callbacks=[lambda run: vbi.step()], extra=vbi.kl)
     return pack_sparse(vbi.prune().model).model
+
+
+def nupes(bits: int) -> Make:
+    return lambda subject: (
+        nupes_quantize(
+            subject.model, bits, ends=None, calibration=subject.calibration, steps=STEPS, seed=subject.seed
+        ).model
+    )
+
+
+def jlcm(bits: int) -> Make:
+    return lambda subject: (
+        learn_codebooks(subject.model, bits, calibration=subject.calibration, steps=STEPS, seed=subject.seed).model
+    )
 
 
 def lsq(bits: int) -> Make:

@@ -21,10 +21,14 @@ from torch import nn
 
 from neuropil.changes import Changes
 from neuropil.compress.dimap import dimap_prune
-from neuropil.compress.quantize import quantize_model
+from neuropil.compress.jlcm import learn_codebooks
+from neuropil.compress.nupes import nupes_quantize
+from neuropil.compress.quantize import learn_rounding, quantize_model
 from neuropil.compress.sparse import pack_sparse, prune_magnitude
 from neuropil.compress.structured import prune_neurons
 from neuropil.packed import is_packed
+
+STEPS = 300  # of learning, a layer
 
 
 @dataclass(frozen=True)
@@ -74,6 +78,20 @@ def _binary(model: nn.Module, settings: Settings) -> Changes:
     )
 
 
+def _nupes(model: nn.Module, settings: Settings) -> Changes:
+    return nupes_quantize(model, 4 if settings.bits is None else settings.bits, ends=None, skip=settings.skip)
+
+
+def _jlcm(model: nn.Module, settings: Settings) -> Changes:
+    return learn_codebooks(model, 3 if settings.bits is None else settings.bits, skip=settings.skip)
+
+
+def _adaround(model: nn.Module, settings: Settings) -> Changes:
+    bits = 4 if settings.bits is None else settings.bits
+    recipe = {"bits": bits, "scheme": "symmetric", "granularity": _granularity(settings), "observer": "mse"}
+    return learn_rounding(model, recipe, settings.calibration or (), steps=STEPS, skip=settings.skip)
+
+
 def _packed_zeros(pruned: Changes) -> Changes:
     """Pruned weights as bit maps; what was pruned and has too few zeros to be smaller so stays, and is said to."""
     packed = pack_sparse(pruned.model)
@@ -102,6 +120,15 @@ RECIPES: dict[str, Recipe] = {
     "uniform": Recipe("integers on a uniform grid", ("bits", "group"), _uniform, "quantization-survey"),
     "ternary": Recipe("-1, 0 and 1 times a scale", ("group",), _ternary, "quantization-survey"),
     "binary": Recipe("-1 and 1 times a scale", ("group",), _binary, "quantization-survey"),
+    "nupes": Recipe("integers on a power grid, its exponent searched", ("bits",), _nupes, "nupes"),
+    "jlcm": Recipe("codebooks of groups of neurons", ("bits",), _jlcm, "jlcm"),
+    "adaround": Recipe(
+        "a uniform grid, up or down learned from data",
+        ("bits", "group"),
+        _adaround,
+        "quantization-survey",
+        data="needed",
+    ),
     "magnitude": Recipe("the smallest weights zero, kept as a bit map", ("sparsity",), _magnitude),
     "dimap": Recipe("the least of each module's energy zero, kept as a bit map", ("sparsity",), _dimap, "dimap"),
     "neurons": Recipe("the weakest neurons taken out, tensors smaller", ("sparsity",), _neurons, data="used"),
