@@ -51,7 +51,7 @@ def test_the_original_is_as_it_was(net: Path, tmp_path: Path) -> None:
     assert {path.name: path.read_bytes() for path in net.iterdir()} == before
 
 
-@pytest.mark.parametrize("name", [name for name in RECIPES if name not in ("neurons", "adaround")])
+@pytest.mark.parametrize("name", [name for name in RECIPES if name not in ("neurons", "core", "adaround")])
 def test_every_method_adds_its_columns(net: Path, tmp_path: Path, name: str) -> None:
     path = tmp_path / "atlas"
     build_atlas(load(net), path, causal=False, progress=False)
@@ -74,6 +74,17 @@ def test_neurons_are_taken_out_and_marked(net: Path, tmp_path: Path) -> None:
     with Atlas.open(path) as atlas:
         removed = atlas.query("SELECT count(*) AS n FROM neurons WHERE neurons025_removed")["n"].to_pylist()
     assert removed == [12]
+
+
+def test_core_neurons_are_counted(net: Path, tmp_path: Path) -> None:
+    path = tmp_path / "atlas"
+    build_atlas(load(net), path, causal=False, progress=False)
+    done = run("compress", net, "-m", "core", "--sparsity", 0.25, "--no-evaluate", "--atlas", path, "--json")
+    assert done.exit_code == 0, done.stderr
+    with Atlas.open(path) as atlas:
+        shares = atlas.query("SELECT core025_share AS s FROM neurons")["s"].to_pylist()
+    assert all(0 <= share <= 1 for share in shares)
+    assert 0 < sum(shares) <= 2 * 18  # of two layers at most three quarters of 24 neurons each
 
 
 @pytest.mark.parametrize(

@@ -196,12 +196,15 @@ def _add_columns(
     path: Path, loaded: Model, changes: Changes, method: str, settings: dict[str, Any], calibration: Any
 ) -> list[str]:
     from neuropil.atlas import Atlas
-    from neuropil.compress.columns import compression_columns, importance_columns
+    from neuropil.compress.columns import compression_columns, core_columns, importance_columns
     from neuropil.compress.structured import neuron_scores
 
     size = settings["bits"] if settings["bits"] is not None else settings["sparsity"]
     prefix = method if size is None else f"{method}{size}".replace("0.", "0")
-    if method == "neurons":
+    if method == "core":
+        keep = 1 - (0.5 if settings["sparsity"] is None else settings["sparsity"])
+        columns: Any = core_columns(loaded.module(), calibration, keep, prefix)
+    elif method == "neurons":
         share = 0.5 if settings["sparsity"] is None else settings["sparsity"]
         columns = importance_columns(neuron_scores(loaded.module(), calibration), share, prefix)
     else:

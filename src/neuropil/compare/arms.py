@@ -12,8 +12,7 @@ import torch
 from torch import nn
 
 from neuropil.compare import trained
-from neuropil.compare.subjects import WINDOW, Subject
-from neuropil.compress import core_neurons, restrict
+from neuropil.compare.subjects import Subject
 from neuropil.compress.recipes import compress
 from neuropil.packed import nbytes, packed_modules
 
@@ -54,16 +53,6 @@ def _recipe(method: str, **settings: Any) -> Make:
 def _fewer_neurons(sparsity: float) -> Make:
     """Neurons taken out, and what is left trained."""
     return lambda subject: subject.finetune(_recipe("neurons", sparsity=sparsity)(subject))
-
-
-def _core(keep: float) -> Make:
-    """The neurons that the calibration text uses most, in every layer that CoreInfer narrows; the others taken out."""
-
-    def make(subject: Subject) -> nn.Module:
-        ids = torch.cat([window for window in subject.calibration if window.shape[1] == WINDOW])
-        return restrict(subject.model, core_neurons(subject.model, ids, keep=keep)).model
-
-    return make
 
 
 def _low(subject: Subject) -> nn.Module:
@@ -119,7 +108,7 @@ ARMS: tuple[Arm, ...] = (
     Arm("DIMAP 0.5", "zeros", _recipe("dimap", sparsity=0.5)),
     Arm("neurons 0.1", "neurons", _recipe("neurons", sparsity=0.1), LANGUAGE, calibrated=True),
     Arm("neurons 0.3", "neurons", _recipe("neurons", sparsity=0.3), LANGUAGE, calibrated=True),
-    Arm("core neurons 0.6, one set", "neurons", _core(0.6), LANGUAGE, calibrated=True),
+    Arm("core neurons 0.3", "neurons", _recipe("core", sparsity=0.3), LANGUAGE, calibrated=True),
     Arm("LSQ 3, trained", "bits", trained.lsq(3), VISION, trained=True),
     Arm("LSQ 2, trained", "bits", trained.lsq(2), VISION, trained=True),
     Arm("OFQ 2, inputs 4, trained", "bits", trained.ofq(2, 4), ("swin",), trained=True),

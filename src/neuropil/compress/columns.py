@@ -8,15 +8,16 @@ which a pruner would remove.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from neuropil.compress.coreinfer import core_neurons
 from neuropil.models import Model, load
-from neuropil.neurons import Site
+from neuropil.neurons import Site, find_sites
 
 Columns = Callable[[Site], dict[str, Float[Tensor, " width"]]]
 
@@ -62,3 +63,21 @@ def importance_columns(scores: dict[str, Float[Tensor, " width"]], share: float,
         return {f"{prefix}_score": score, f"{prefix}_removed": gone}
 
     return columns
+
+
+def core_columns(model: nn.Module, texts: Iterable[Any], keep: float, prefix: str) -> Columns:
+    """For `Atlas.add`: in what share of the texts each neuron is one of the core neurons (`{prefix}_share`).
+
+    `texts` are inputs of the model, each with its own core set (see `neuropil.compress.core_neurons`).
+    """
+    counts: dict[str, Tensor] = {}
+    number = 0
+    widths = {site.name: site.width for site in find_sites(model)}
+    everywhere = range(len(widths))
+    for text in texts:
+        number += 1
+        for name, kept in core_neurons(model, text, keep=keep, layers=everywhere).items():
+            counts.setdefault(name, torch.zeros(widths[name])).index_add_(0, kept, torch.ones(len(kept)))
+    if not number:
+        raise ValueError("core_columns(texts=...): there is no text; give at least one")
+    return lambda site: {f"{prefix}_share": counts[site.name] / number}

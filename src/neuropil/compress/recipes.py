@@ -17,9 +17,11 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from neuropil.changes import Changes
+from neuropil.compress.coreinfer import core_neurons, restrict
 from neuropil.compress.dimap import dimap_prune
 from neuropil.compress.jlcm import learn_codebooks
 from neuropil.compress.nupes import nupes_quantize
@@ -112,6 +114,19 @@ def _neurons(model: nn.Module, settings: Settings) -> Changes:
     return prune_neurons(model, _sparsity(settings), settings.example, data=settings.calibration, skip=settings.skip)
 
 
+def _core(model: nn.Module, settings: Settings) -> Changes:
+    batch = joined(settings.calibration or ())
+    return restrict(model, core_neurons(model, batch, keep=1 - _sparsity(settings)))
+
+
+def joined(batches: Sequence[Any]) -> Any:
+    """Windows of text of one length as one batch (shorter ones are left out), or the first batch of anything else."""
+    if all(isinstance(batch, Tensor) and batch.dim() == 2 for batch in batches):
+        longest = max(batch.shape[1] for batch in batches)
+        return torch.cat([batch for batch in batches if batch.shape[1] == longest])
+    return batches[0]
+
+
 def _sparsity(settings: Settings) -> float:
     return 0.5 if settings.sparsity is None else settings.sparsity
 
@@ -132,6 +147,9 @@ RECIPES: dict[str, Recipe] = {
     "magnitude": Recipe("the smallest weights zero, kept as a bit map", ("sparsity",), _magnitude),
     "dimap": Recipe("the least of each module's energy zero, kept as a bit map", ("sparsity",), _dimap, "dimap"),
     "neurons": Recipe("the weakest neurons taken out, tensors smaller", ("sparsity",), _neurons, data="used"),
+    "core": Recipe(
+        "the neurons that the data uses least often taken out", ("sparsity",), _core, "coreinfer", data="needed"
+    ),
 }
 
 
