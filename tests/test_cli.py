@@ -140,6 +140,9 @@ def test_the_page_of_the_documentation_is_what_the_commands_say() -> None:
         ["clamp", "29:808=3"],
         ["clamp", "29:808=3", "--prompt", "x", "--where", "gate"],
         ["query", "somewhere"],
+        ["law", "guess", "run.csv"],
+        ["law", "fit"],
+        ["law", "predict", "/nowhere/run.csv", "--schedule", "cosine"],
         ["reproduce", "neuron-decoding", "--all"],
         ["reproduce", "--scale", "huge"],
     ],
@@ -557,6 +560,131 @@ def test_coverage_of_two_model_types() -> None:
     assert result.exit_code == 0, result.stderr
     assert json.loads(result.stdout)["counts"]["causal-lm"]["pass"] == 2
     assert run("coverage", "--only", "lama").exit_code == 2
+
+
+# ---------------------------------------------------------------------------------------- loss curves
+
+SHAPE = "total_steps=20000,max_lr=2e-4,warmup_steps=500"
+
+
+@pytest.fixture(scope="session")
+def logs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the annealing paper's cosine and constant runs, as training logs."""
+    from neuropil.reproduce.lr_annealing_law import paper_curve
+
+    folder = tmp_path_factory.mktemp("logs")
+    for name in ("cosine", "constant"):
+        curve = paper_curve(name)
+        losses = dict(zip(curve.steps.tolist(), curve.losses.tolist(), strict=True))
+        rates = dict(list(enumerate(curve.schedule.tolist()))[::100])
+        lines = [f"{step},{rate!r},{losses.get(step, '')}" for step, rate in rates.items()]
+        (folder / f"{name}.csv").write_text("\n".join(["step,lr,loss", *lines]))
+        bare = [f"{step},{loss}" for step, loss in losses.items()]
+        (folder / f"{name}-without-lr.csv").write_text("\n".join(["step,loss", *bare]))
+    return folder
+
+
+def test_law_fit_finds_the_papers_numbers(logs: Path) -> None:
+    both = [logs / "cosine.csv", logs / "constant.csv"]
+    said = json.loads(run("law", "fit", *both, "--json").stdout)
+    expected = {"L0": 2.628, "A": 0.430, "alpha": 0.550, "C": 0.411}
+    assert said["coefficients"] == pytest.approx(expected, abs=1e-3)
+    assert all(0 < said["standard_deviations"][name] < 0.05 for name in expected)
+    assert (said["points"], said["lambda"]) == (40, 0.999)
+    assert said["r2"] > 0.9996
+    result = run("law", "fit", *both)
+    assert result.exit_code == 0, result.stderr
+    assert "40 points, lambda 0.999: R² 0.9996" in result.stdout
+
+
+def test_law_predict_agrees_with_the_library_and_lists_the_best_first(logs: Path) -> None:
+    from neuropil.measure import AnnealingLaw, lr_schedules, read_curve
+
+    texts = ["constant", "cosine", "wsd:decay=0.1,shape=1-sqrt", "multistep", "cyclic", "linear:total_steps=3e4"]
+    options = [part for text in texts for part in ("--schedule", text)]
+    said = json.loads(run("law", "predict", logs / "cosine.csv", *options, "--points", 4, "--json").stdout)
+    assert {row["schedule"] for row in said} == set(texts)
+    assert [row["final_loss"] for row in said] == sorted(row["final_loss"] for row in said)
+    law = AnnealingLaw().fit_curves([read_curve(logs / "cosine.csv")])
+    for row in said:
+        rates = lr_schedules.parse(row["schedule"], total_steps=20_000, max_lr=2e-4, warmup_steps=500)
+        steps = [point["step"] for point in row["curve"]]
+        assert len(steps) == 4
+        assert steps[-1] == row["total_steps"] == len(rates) - 1
+        losses, spread = law.predict_curve(rates, steps, return_std=True)
+        assert [point["loss"] for point in row["curve"]] == pytest.approx(losses)
+        assert [point["std"] for point in row["curve"]] == pytest.approx(spread)
+        assert (row["final_loss"], row["std"]) == pytest.approx((losses[-1], spread[-1]))
+        assert not row["extrapolates"]
+
+
+def test_law_predict_lists_and_says_what_lies_beyond_the_fit(logs: Path) -> None:
+    options = ["--schedule", "linear", "--schedule", "constant:total_steps=200000"]
+    result = run("law", "predict", logs / "cosine.csv", *options)
+    assert result.exit_code == 0, result.stderr
+    rows = {line.split()[0]: line.split() for line in result.stdout.splitlines()[1:]}
+    assert rows["linear"][1:3] == ["20,000", "0"]
+    assert rows["linear"][-1] == "no"
+    assert rows["constant:total_steps=200000"][-1] == "yes"
+    assert "constant:total_steps=200000: 1 of 1 places lie outside the fitted range" in result.stderr
+    assert "linear:" not in result.stderr
+
+
+def test_law_takes_a_schedule_from_a_file_or_from_words(logs: Path) -> None:
+    bare, given = logs / "cosine-without-lr.csv", f"cosine:{SHAPE}"
+    call = ["law", "predict", bare, "--trained-with", given, "--schedule", logs / "constant.csv", "--json"]
+    of_file = json.loads(run(*call).stdout)[0]
+    of_words = json.loads(run("law", "predict", logs / "cosine.csv", "--schedule", "constant", "--json").stdout)[0]
+    assert of_file["final_loss"] == pytest.approx(of_words["final_loss"], rel=1e-5)  # every 100th rate was logged
+
+
+def test_law_chooses_the_delay_among_several(logs: Path) -> None:
+    both = [logs / "cosine.csv", logs / "constant.csv"]
+    said = json.loads(run("law", "fit", *both, "--lambda", "0.9,0.999", "--json").stdout)
+    assert said["lambda"] == 0.999
+
+
+def test_law_says_once_that_constant_rates_do_not_tell_what_annealing_gains(logs: Path) -> None:
+    result = run("law", "fit", logs / "constant.csv", "--lambda", "0.99,0.999", "--json")
+    assert result.exit_code == 0
+    assert json.loads(result.stdout)["coefficients"]["C"] is None
+    assert result.stderr.count("C cannot be told") == 1
+    assert "(C unknown)" in run("law", "fit", logs / "constant.csv").stdout
+
+
+@pytest.mark.parametrize(
+    ("call", "said"),
+    [
+        ("predict cosine.csv", "predict needs a --schedule"),
+        ("fit cosine.csv --schedule wsd", "fit takes no --schedule"),
+        ("predict cosine.csv --schedule wavy", "expected one of constant, linear"),
+        ("predict cosine.csv --schedule wsd:dekay=0.1", "no option 'dekay'"),
+        ("predict cosine.csv --schedule wsd:decay=0.99", "overlap"),
+        ("predict cosine.csv --schedule /nowhere/plan.csv", "there is no file /nowhere/plan.csv"),
+        ("predict constant.csv --schedule cosine", "constant rates alone"),
+        ("fit cosine-without-lr.csv", "without a column lr, and 0 schedules"),
+        (f"fit cosine.csv --trained-with cosine:{SHAPE}", "no file without a column lr, and 1 schedule;"),
+        ("fit cosine-without-lr.csv --trained-with cosine", "lacks total_steps"),
+        ("fit cosine.csv --lambda 1.5", "expected numbers from 0 to 1"),
+        ("fit cosine.csv --lambda slow", "expected numbers from 0 to 1"),
+    ],
+)
+def test_wrong_calls_of_law_say_how_to_mend_them(call: str, said: str, logs: Path) -> None:
+    result = run("law", *(logs / word if (logs / word).is_file() else word for word in call.split()))
+    assert result.exit_code == 2
+    assert result.stdout == ""
+    plain = re.sub(r"[\s│]+", " ", result.stderr)  # the sentence, out of its frame
+    assert said in plain
+
+
+def test_law_names_the_line_that_is_no_number(tmp_path: Path) -> None:
+    path = tmp_path / "run.csv"
+    path.write_text("step,lr,loss\n1,0.1,3.0\n2,0.1,nan\n")
+    assert "line 3: loss is 'nan'" in said_no_traceback(run("law", "fit", path), 1)
+    path.write_text("step,lr,loss\n1,0.1,3.0\n2,0.05,2.0\n")
+    result = run("law", "fit", path)
+    assert result.exit_code == 2
+    assert "this law needs 5 or more" in re.sub(r"[\s│]+", " ", result.stderr)
 
 
 # -------------------------------------------------------------------------------------------- papers

@@ -152,3 +152,15 @@ def test_a_parametrised_weight_is_baked_in() -> None:
     pk.unpack(model)
     assert type(model[0]) is nn.Linear
     assert torch.equal(model[0].weight, affine((4, 8), 16, 4, 1).dense())
+
+
+@pytest.mark.parametrize("levels", [3, 8, 11, 16, 256])
+@pytest.mark.parametrize(("r", "g", "fan"), [(10, 1, 16), (10, 4, 16), (1, 1, 16), (5, 1, 16), (10, 1, 7)])
+def test_rows_are_those_of_the_dense_weight(levels: int, r: int, g: int, fan: int) -> None:
+    made, at = affine((10, fan), levels, r, g), torch.tensor([3, 3, 9, 0])
+    assert torch.equal(made.rows(at), made.dense()[at])
+    one = pk.Affine.of(made.integers(), levels, made.scale, 2.0)
+    assert torch.equal(one.rows(at), one.dense()[at])
+    model: Any = nn.Sequential(nn.Embedding(10, fan))
+    pk.pack(model, {"0": made})
+    assert torch.equal(model(at.reshape(2, 2)), made.dense()[at].reshape(2, 2, fan))

@@ -121,6 +121,10 @@ class Packing(nn.Module):
         """The weight, in the dtype of its scales or values."""
         raise NotImplementedError
 
+    def rows(self, at: Integer[Tensor, " n"]) -> Tensor:
+        """Rows of the weight by number, without making the others dense where the codes of a row are whole bytes."""
+        return self.dense()[at]
+
     def spec(self) -> dict[str, Any]:
         """What of it is no tensor, for JSON; `empty` makes a packing of it, ready for `load_state_dict`."""
         sizes = {name: [list(b.shape), str(b.dtype).removeprefix("torch.")] for name, b in self.named_buffers()}
@@ -178,15 +182,31 @@ class Affine(Packing):
         return made
 
     @property
+    def levels(self) -> int:
+        return self.constants["levels"]
+
+    @property
     def offset(self) -> int:
         """What the stored codes of eight bits lie below the codes: they are int8, as the matrix kernels read them."""
-        return 128 if 128 < self.constants["levels"] <= 256 else 0
+        return 128 if 128 < self.levels <= 256 else 0
 
     def integers(self) -> Tensor:
         """The codes, in the weight's shape."""
         if self.offset:
             return (self.codes.view(torch.uint8) ^ 128).reshape(self.shape)
-        return unpack_codes(self.codes, self.shape.numel(), self.constants["levels"]).reshape(self.shape)
+        return unpack_codes(self.codes, self.shape.numel(), self.levels).reshape(self.shape)
+
+    def rows(self, at: Integer[Tensor, " n"]) -> Tensor:
+        rows, fan = _matrix(self.shape)
+        r = self.scale.shape[0]
+        width = self.codes.numel() // max(1, rows)
+        if r not in (1, rows) or width * rows != self.codes.numel() or width * 8 != fan * code_bits(self.levels):
+            return super().rows(at)
+        scale = self.scale[at] if r == rows else self.scale
+        zero = self.zero[at] if self.zero.shape[0] == rows and rows > 1 else self.zero
+        small = Affine((len(at), *self.shape[1:]), levels=self.levels)
+        small.codes, small.scale, small.zero = self.codes.reshape(rows, width)[at].flatten(), scale, zero
+        return small.dense()
 
     def dense(self) -> Tensor:
         tiles = _tiles(self.shape, self.scale, "a scale")
@@ -347,9 +367,20 @@ class _PackedLinear(_Packed):
         return out if bias is None else out + bias
 
 
+class _PackedEmbedding(_Packed):
+    """An embedding that makes only the rows dense that are asked for."""
+
+    def forward(self, ids: Tensor) -> Tensor:
+        if self.max_norm is not None:  # type: ignore[attr-defined]
+            return super().forward(ids)  # type: ignore[misc]
+        found = self.packing.rows(ids.flatten()).to(self._dtype)
+        return found.reshape(*ids.shape, -1)
+
+
 @lru_cache
 def _packed_class(cls: Any) -> Any:
-    mixin = _PackedLinear if getattr(cls, "forward", None) is nn.Linear.forward else _Packed
+    special: dict[Any, type] = {nn.Linear.forward: _PackedLinear, nn.Embedding.forward: _PackedEmbedding}
+    mixin = special.get(getattr(cls, "forward", None), _Packed)
     return type(f"Packed{cls.__name__}", (mixin, cls), {"__module__": cls.__module__})
 
 
@@ -427,7 +458,7 @@ def unpack(model: nn.Module) -> None:
         module: Any = packed_module
         if id(packing) not in weights:
             weights[id(packing)] = nn.Parameter(module.weight.detach())
-        made = _remade(module, next(base for base in type(module).__mro__[1:] if base not in (_Packed, _PackedLinear)))
+        made = _remade(module, next(base for base in type(module).__mro__[1:] if not issubclass(base, _Packed)))
         made._parameters = {"weight": weights[id(packing)], **made._parameters}
         _put(model, name, made)
 

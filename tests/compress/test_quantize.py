@@ -2,24 +2,30 @@
 
 import copy
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tiny_models import llama
 from torch import Tensor, nn
-from torch.nn.utils import parametrize
+from torch.nn.utils import parametrize, prune
 from transformers.pytorch_utils import Conv1D
 
 from neuropil.compress.quantize import (
+    LSQ,
+    RECIPES,
     QuantizationError,
     Quantizer,
     bake,
     calibrate,
+    layer_losses,
     qat_prepare,
     quantize_model,
     to_tiles,
 )
+from neuropil.models.packed_files import load_packed, save_packed
 from neuropil.packed import is_packed, nbytes
 
 
@@ -76,6 +82,43 @@ def test_what_is_packed_is_what_was_simulated(bits: int, granularity) -> None:
     for scheme in (*SCHEMES, "binary", "ternary"):
         q = Quantizer(bits, scheme, granularity)
         assert torch.equal(q.pack(w).dense(), q(w)), scheme
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+@pytest.mark.parametrize("scheme", ["affine", "symmetric", "codebook", "apot", "ternary", "binary-code"])
+def test_scales_in_half_precision(dtype: str, scheme: str) -> None:
+    w = torch.randn(8, 64, generator=torch.Generator().manual_seed(0))
+    w[3], w[4] = 0, w[4] * 1e-9
+    full, half = (Quantizer(4, scheme, ("group", 32), scale_dtype=d) for d in ("float32", dtype))
+    packing = half.pack(w)
+    assert torch.equal(packing.dense().float(), half(w))
+    assert packing.bits < full.pack(w).bits
+    assert (half(w) - w).square().mean() < 1.1 * (full(w) - w).square().mean()
+    assert torch.isfinite(half(w)).all()
+    with pytest.raises(QuantizationError, match="8 at most"):
+        Quantizer(9, scale_dtype=dtype)
+
+
+@pytest.mark.parametrize("recipe", list(RECIPES))
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_language_model_is_packed_saved_and_loaded(recipe: str, tied: bool, tmp_path: Path) -> None:
+    model = llama(tied=tied)
+    tokens = torch.arange(12)[None]
+    skip = ["model.layers.0.self_attn.*"]
+    with torch.no_grad():
+        plain = model(tokens).logits
+        changes = quantize_model(model, {"*down_proj": "int8", "*": recipe}, skip=skip)  # 32 does not divide its 48
+        out = changes.model(tokens).logits
+    assert "lm_head" in changes.changed
+    assert set(changes.left) == {f"model.layers.0.self_attn.{n}_proj" for n in "qkvo"}
+    assert torch.equal(model(tokens).logits, plain)
+    save_packed(changes.model, tmp_path / "small")
+    again = load_packed(tmp_path / "small", into=llama(seed=1, tied=tied))
+    with torch.no_grad():
+        assert torch.equal(again(tokens).logits, out)
+    assert nbytes(changes.model) < nbytes(model) * (0.6 if recipe == "codebook4" else 0.5)
+    if recipe in ("int8", "int4", "int4-group"):
+        assert torch.nn.functional.cosine_similarity(out.flatten(), plain.flatten(), dim=0) > 0.95
 
 
 @pytest.mark.parametrize("per_channel", [False, True])
@@ -196,6 +239,47 @@ def test_activations_are_rounded_and_calibrated() -> None:
         calibrate(changes.model, [])
 
 
+def test_activations_by_channel_and_by_name() -> None:
+    x = torch.randn(16, 3, 5, 5) * torch.tensor([0.01, 1.0, 100.0])[:, None, None]
+    q = Quantizer(8, "affine", "channel", axis=1)
+    q(x)
+    assert q.grid.scale.shape == (1, 3)
+    error = (q(x[:2]) - x[:2]).abs().amax((0, 2, 3))
+    assert bool((error <= q.grid.scale[0] / 2 * 1.001).all())
+    torch.testing.assert_close(q.grid.scale[0], (x.amax((0, 2, 3)) - x.amin((0, 2, 3))) / 255)
+
+    class Named(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv1d(2, 3, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.conv(input=x)
+
+    made = quantize_model(Named(), "int8", activations={"bits": 2}, calibration=[torch.randn(9, 2, 8)]).model
+    assert made(torch.randn(4, 2, 8)).shape == (4, 3, 7)
+    assert made.conv.input_quantizer.grid.scale.numel() == 1
+    attention = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+    with pytest.raises(QuantizationError, match=r"never reached self_attn\.out_proj"):
+        quantize_model(attention, "int8", activations={"bits": 8}, calibration=[torch.randn(2, 3, 8)])
+
+
+def test_losses_of_layers() -> None:
+    model = net()
+    made = [quantize_model(model, {"bits": bits, "granularity": "channel"}).model for bits in (3, 4, 8)]
+    losses = [layer_losses(model, each) for each in made]
+    for name in ("0", "2", "4", "5"):
+        relative = [loss[name].relative for loss in losses]
+        assert relative == sorted(relative, reverse=True)
+        weight = model.get_submodule(name).weight.detach()
+        rounded = made[0].get_submodule(name).weight
+        wanted = float((rounded - weight).square().sum() / weight.square().sum())
+        assert relative[0] == pytest.approx(wanted, rel=1e-4)
+        assert losses[2][name].decibels - losses[1][name].decibels == pytest.approx(24, abs=4)
+    with pytest.raises(QuantizationError, match="no layer"):
+        layer_losses(nn.Sequential(nn.ReLU()), quantize_model(model).model)
+
+
 def test_training_and_baking() -> None:
     model, x = net(), images()
     changes = qat_prepare(model, {"bits": 3, "granularity": "channel", "dynamic": True}, skip=["5"])
@@ -273,6 +357,18 @@ def test_what_cannot_be_quantized_is_refused() -> None:
     q(torch.randn(3, 3))
     with pytest.raises(QuantizationError, match="tiles"):
         q(torch.randn(4, 3))
+    with pytest.raises(QuantizationError, match="meta"):
+        quantize_model(nn.Sequential(nn.Linear(4, 4, device="meta")))
+    assert "empty" in quantize_model(nn.Sequential(nn.Linear(0, 4), nn.Linear(4, 4))).left["0"]
+    assert "no shape" in quantize_model(nn.Sequential(nn.LazyLinear(4), nn.Linear(4, 4))).left["0"]
+    pruned = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+    prune.l1_unstructured(pruned[0], "weight", 0.5)
+    with pytest.raises(QuantizationError, match=r"0\.weight is made by a hook"):
+        quantize_model(pruned)
+    prune.remove(pruned[0], "weight")
+    assert quantize_model(pruned).changed == ("0", "1")
+    prepared = qat_prepare(model, LSQ(4)).model
+    assert all("parametrized" in why for why in quantize_model(prepared).left.values())
     with torch.no_grad():
         model[4].weight[0, 0] = torch.nan
     with pytest.raises(QuantizationError, match=r"4\.weight"):

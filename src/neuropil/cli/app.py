@@ -25,7 +25,20 @@ from neuropil.cli import output
 USAGE, INTERRUPTED, CLOSED_PIPE = 2, 130, 141
 
 # As help lists them.
-ORDER = ["atlas", "explore", "find", "show", "query", "diff", "clamp", "coverage", "papers", "reproduce"]
+ORDER = [
+    "atlas",
+    "explore",
+    "find",
+    "show",
+    "query",
+    "diff",
+    "clamp",
+    "compress",
+    "coverage",
+    "law",
+    "papers",
+    "reproduce",
+]
 
 EXIT_CODES = {
     0: "success",

@@ -23,6 +23,20 @@ from neuropil.layers.layer_norm import (
     LayerNormRNNCell,
     add_layer_norm,
 )
+from neuropil.layers.random_features import (
+    RandomFeatureClassifier,
+    RandomFeatureRegressor,
+    RandomFeatures,
+    bandlimit_lower_bound,
+    diagnose_random_features,
+    suggest_scale,
+)
+from neuropil.layers.ridgelet import (
+    Spectrum,
+    required_bandwidth,
+    ridgelet_transform,
+    spectrum_mass_outside,
+)
 
 __all__ = [
     "GRKAN",
@@ -39,9 +53,19 @@ __all__ = [
     "LayerNormLinear",
     "LayerNormRNN",
     "LayerNormRNNCell",
+    "RandomFeatureClassifier",
+    "RandomFeatureRegressor",
+    "RandomFeatures",
+    "Spectrum",
     "add_layer_norm",
+    "bandlimit_lower_bound",
+    "diagnose_random_features",
     "fit_rational",
     "kat_base",
     "kat_small",
     "kat_tiny",
+    "required_bandwidth",
+    "ridgelet_transform",
+    "spectrum_mass_outside",
+    "suggest_scale",
 ]

@@ -48,7 +48,11 @@ def test_straight_through_is_the_mask_of_the_range() -> None:
     x, g = data()
     (q(x) * g).sum().backward()
     at = x.detach() / q.grid.scale + q.grid.zero
-    assert torch.equal(x.grad, g * ((at >= 0) & (at <= 7)))
+    assert torch.equal(x.grad, g * ((at >= -0.5) & (at <= 7.5)))
+    y = x.detach().clone().requires_grad_()
+    scale, zero = q.grid.scale.item(), int(q.grid.zero)
+    (torch.fake_quantize_per_tensor_affine(y, scale, zero, 0, 7) * g).sum().backward()
+    assert torch.equal(x.grad, y.grad)
     assert (x.grad == 0).float().mean() > 0.1
     x.grad = None
     plain = Quantizer(3, "affine", observer="percentile", percentile=80.0, gradient="identity")

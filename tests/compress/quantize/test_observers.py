@@ -94,6 +94,10 @@ def test_entropy_clips_outliers_and_keeps_what_has_none() -> None:
     low, high = observer.range("restricted", 8)
     assert 2.5 < high.item() < 10
     assert -10 < low.item() < -2.5
+    both = Observer("entropy")
+    both.observe(torch.stack([normal, normal / 7])[:, None])
+    tops = both.range("restricted", 8)[1].flatten()
+    torch.testing.assert_close(tops, torch.stack([high.flatten()[0], high.flatten()[0] / 7]), rtol=0.05, atol=0)
 
 
 def test_entropy_is_that_of_a_plain_loop() -> None:

@@ -22,7 +22,21 @@ As a parametrization, for training with rounded weights:
 4
 
 A uniform grid of b bits rounds $r$ to $S (q - z)$, $q = \mathrm{clip}(\mathrm{round}(r / S) + z)$; the survey writes
-$Z = -z$.
+$Z = -z$. Coarse grids are told apart by what shares a scale (a tensor, a channel, a group of weights), by the range
+that is covered (`observer`), and by the levels (`scheme`). `list_methods()` leads from the survey's items to what does
+each of them; the main ones:
+
+| to | use |
+| --- | --- |
+| pack the weights of a model | `quantize_model`, `product_quantize`, `hessian_quantize`, `deep_compress` |
+| round activations too | `quantize_model(..., activations=..., calibration=...)`, `calibrate` |
+| train with rounded weights, then pack | `qat_prepare` with `Quantizer(dynamic=True)`, `LSQ`, `TTQ`, ..., and `bake` |
+| see what each layer lost | `layer_losses` |
+
+What the survey leaves open: a symmetric scheme of one bit is the sign times the mean magnitude, whatever the observer,
+since min/max would put both levels at the extremes. The straight-through gradient passes within half a step of the
+outermost levels, which is the whole range of a min/max grid. The range that is searched by mean squared error shrinks
+both ends alike. Entropy, as in TensorRT, looks at 2048 bins of |r| in steps of 8 bins.
 
 Source: Gholami, Kim, Dong, Yao, Mahoney and Keutzer, "A Survey of Quantization Methods for Efficient Neural Network
 Inference", 2021, arXiv:2103.13630.
@@ -58,6 +72,7 @@ from neuropil.compress.quantize.integer_math import (
     integer_functions,
 )
 from neuropil.compress.quantize.learned import LSQ, PACT, QIL, LearnedLevels, LSQPlus
+from neuropil.compress.quantize.losses import LayerLoss, layer_losses
 from neuropil.compress.quantize.low_precision import LowPrecision
 from neuropil.compress.quantize.methods import Method, list_methods
 from neuropil.compress.quantize.mixed import (
@@ -113,6 +128,7 @@ __all__ = [
     "IntegerLayerNorm",
     "IntegerSoftmax",
     "LSQPlus",
+    "LayerLoss",
     "LearnedLevels",
     "Levels",
     "LossAwareBinary",
@@ -167,6 +183,7 @@ __all__ = [
     "i_sqrt",
     "integer_functions",
     "kmeans",
+    "layer_losses",
     "layers",
     "learn_rounding",
     "list_methods",

@@ -51,9 +51,10 @@ class SoftQuantizer(FakeQuantizer):
     def __init__(self, bits: int = 4, scheme: str = "symmetric", temperature: float = 0.3, **settings: Any) -> None:
         super().__init__()
         self.hard, self.temperature = Quantizer(bits, scheme, **settings), temperature
-        if self.hard.scheme == "binary" or temperature <= 0:
+        if self.hard.scheme == "binary" or bits == 32 or temperature <= 0:
             raise QuantizationError(
-                f"{bits} bits {scheme}, temperature={temperature}: soft rounding needs a uniform grid, and more than 0"
+                f"{bits} bits {scheme}, temperature={temperature}: soft rounding needs a uniform grid of 16 "
+                "bits or fewer, and a temperature above 0"
             )
 
     def settings(self) -> dict[str, Any]:

@@ -49,9 +49,9 @@ class Uniform:
         return (codes - self.zero[..., None]) * self.scale[..., None]
 
     def inside(self, x: Float[Tensor, "r g n"]) -> Tensor:
-        """Which numbers lie between the lowest and the highest level: there a straight-through gradient passes."""
+        """Which numbers lie within half a step of a level, all of the grid's range: there a gradient passes."""
         at = self.positions(x)
-        return (at >= self.low) & (at <= self.high)
+        return (at >= self.low - 0.5) & (at <= self.high + 0.5)
 
 
 @dataclass(frozen=True)
@@ -73,8 +73,8 @@ class Levels:
     def codes(self, x: Float[Tensor, "r g n"], rounding: str = "nearest") -> Integer[Tensor, "r g n"]:
         """The index of the level; `rounding="stochastic"` takes one of the two neighbouring levels by chance."""
         x = x / self.scale[..., None]
-        level = self.level.expand(*x.shape[:2], -1).contiguous()
         if rounding == "stochastic":
+            level = self.level.to(x.dtype).expand(*x.shape[:2], -1).contiguous()
             above = torch.searchsorted(level, x.contiguous(), right=True).clamp(1, self.levels - 1)
             below, top = level.gather(2, above - 1), level.gather(2, above)
             share = ((x - below) / (top - below).clamp_min(torch.finfo(x.dtype).tiny)).clamp(0, 1)
@@ -93,6 +93,18 @@ class Levels:
 
 
 Grid = Uniform | Levels
+
+
+def stored(grid: Grid, dtype: torch.dtype) -> Grid:
+    """The grid with its scales and levels rounded to `dtype`, in which it then computes its values.
+
+    Thresholds, which are not stored, stay. A scale too small for the dtype is its least normal number.
+    """
+    least, most = torch.finfo(dtype).tiny, torch.finfo(dtype).max
+    scale = torch.where(grid.scale > 0, grid.scale.clamp(least, most), grid.scale).to(dtype)
+    if isinstance(grid, Uniform):
+        return Uniform(scale, grid.zero.to(dtype), grid.low, grid.high)
+    return Levels(scale, grid.level.to(dtype), grid.threshold)
 
 
 def stochastic_round(x: Float[Tensor, "*shape"], generator: torch.Generator | None = None) -> Float[Tensor, "*shape"]:

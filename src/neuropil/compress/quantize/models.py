@@ -16,12 +16,16 @@ from neuropil.compress.quantize.quantizer import FakeQuantizer, Quantizer
 from neuropil.compress.quantize.tiles import LAYERS, QuantizationError, check_finite
 from neuropil.packed import Packing, is_packed, pack, packed
 
+_GROUPS = {"scheme": "affine", "granularity": ("group", 32), "observer": "mse", "scale_dtype": "float16"}
 RECIPES: dict[str, dict[str, Any]] = {
     "int8": {"bits": 8, "scheme": "symmetric", "granularity": "channel"},
     "int4": {"bits": 4, "scheme": "symmetric", "granularity": "channel", "observer": "mse"},
-    "int4-group": {"bits": 4, "scheme": "affine", "granularity": ("group", 32)},
-    "int3-group": {"bits": 3, "scheme": "affine", "granularity": ("group", 32), "observer": "mse"},
-    "int2-group": {"bits": 2, "scheme": "affine", "granularity": ("group", 32), "observer": "mse"},
+    "int4-group": {"bits": 4, **_GROUPS},
+    "int3-group": {"bits": 3, **_GROUPS},
+    "int2-group": {"bits": 2, **_GROUPS},
+    "codebook4": {"bits": 4, "scheme": "codebook", "granularity": "channel", "scale_dtype": "float16"},
+    "apot4": {"bits": 4, "scheme": "apot", "granularity": "channel"},
+    "pow2-4": {"bits": 4, "scheme": "pow2", "granularity": "channel"},
     "ternary": {"bits": 2, "scheme": "ternary", "granularity": "channel"},
     "binary": {"bits": 1, "scheme": "binary", "granularity": "channel"},
 }
@@ -56,7 +60,8 @@ def layers(model: nn.Module, skip: Iterable[str] = ()) -> tuple[dict[str, nn.Mod
     """The layers whose weights can be quantized, by name, and why each other module with a matrix cannot.
 
     `skip` holds names, or patterns with * and ?. Tied layers are skipped together.
-    Raises QuantizationError where a model is compressed already, or a weight holds NaN or infinity (named).
+    Raises QuantizationError, naming it, where a layer is compressed already, a weight holds NaN or infinity or is made
+    by a hook.
     """
     patterns = tuple(skip)
     found: dict[str, nn.Module] = {}
@@ -70,10 +75,17 @@ def layers(model: nn.Module, skip: Iterable[str] = ()) -> tuple[dict[str, nn.Mod
         elif not isinstance(module, LAYERS):
             shapes = {key: p.ndim for key, p in module._parameters.items() if p is not None}
             large = [key for key, dims in shapes.items() if dims > 1]
-            if large and not isinstance(module, parametrize.ParametrizationList):
+            if large and not isinstance(module, parametrize.ParametrizationList | FakeQuantizer):
                 left[name] = f"{type(module).__name__} is no layer that can be quantized ({', '.join(large)})"
+        elif "weight" not in module._parameters:
+            raise QuantizationError(
+                f"{name}.weight is made by a hook (pruned or normalised by torch), so the model cannot be copied; make "
+                "it a parameter first (torch.nn.utils.prune.remove, torch.nn.utils.remove_weight_norm)"
+            )
         elif isinstance(module.weight, nn.parameter.UninitializedParameter):
             left[name] = "its weight has no shape yet; run the model once"
+        elif not weight_of(module).numel():
+            left[name] = "its weight is empty"
         elif any(fnmatchcase(name, pattern) for pattern in patterns):
             left[name] = "skipped as asked"
             skipped[id(module.weight)] = name
@@ -193,8 +205,13 @@ def _static(quantizer: FakeQuantizer) -> bool:
     return isinstance(quantizer, Quantizer) and not quantizer.dynamic and quantizer.bits != 32
 
 
-def _round_input(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-    return (module.get_submodule(INPUT)(args[0]), *args[1:])
+def _round_input(module: nn.Module, args: tuple[Any, ...], named: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """The first argument, by place or by name, is what a layer reads."""
+    quantizer = module.get_submodule(INPUT)
+    if args:
+        return (quantizer(args[0]), *args[1:]), named
+    first = next(iter(named))
+    return args, {**named, first: quantizer(named[first])}
 
 
 def round_inputs(model: nn.Module, activations: FakeQuantizer | Mapping[str, Any], names: Iterable[str]) -> None:
@@ -207,7 +224,7 @@ def round_inputs(model: nn.Module, activations: FakeQuantizer | Mapping[str, Any
         if isinstance(made, Quantizer):
             made.name = f"the input of {name}"
         module.add_module(INPUT, made)
-        module.register_forward_pre_hook(_round_input)
+        module.register_forward_pre_hook(_round_input, with_kwargs=True)
 
 
 def input_quantizers(model: nn.Module) -> Iterator[tuple[str, FakeQuantizer]]:
@@ -223,17 +240,23 @@ def calibrate(model: nn.Module, data: Iterable[Any]) -> int:
 
     A batch is a tensor, a tuple or list of arguments, or a mapping of keyword arguments. While it calibrates, the
     activations are not rounded. The model runs in eval mode and is put back into the mode it was in.
-    Raises QuantizationError where there is no batch.
+    Raises QuantizationError where there is no batch, and where a layer was never reached.
     """
-    quantizers = [q for _, q in input_quantizers(model) if isinstance(q, Quantizer) and _static(q)]
-    for q in quantizers:
+    found = {name: q for name, q in input_quantizers(model) if isinstance(q, Quantizer) and _static(q)}
+    for q in found.values():
         q.observing = True
     try:
         count = run_batches(model, data)
     finally:
-        for q in quantizers:
+        for q in found.values():
             q.observing = False
-    for q in quantizers:
+    unseen = [name for name, q in found.items() if not q.calibrated]
+    if unseen:
+        raise QuantizationError(
+            f"the calibration never reached {', '.join(unseen)}: give data that do, skip them (attention of torch.nn "
+            "does not call its output layer as a module), or use dynamic=True"
+        )
+    for q in found.values():
         q.freeze()
     return count
 

@@ -147,7 +147,7 @@ def _entropy_clip(x: Tensor, levels: int) -> Tensor:
     counts = torch.zeros(len(size), BINS, dtype=torch.float64, device=x.device)
     place = (size / top * BINS).long().clamp(max=BINS - 1)
     counts.scatter_add_(1, place, torch.ones_like(size, dtype=torch.float64))
-    counts[:, 0] = counts[:, 0].clamp(max=counts[:, 1:2].expand_as(counts[:, :1]))  # exact zeros say nothing of range
+    counts[:, 0] = torch.minimum(counts[:, 0], counts[:, 1])  # exact zeros say nothing of the range
     if levels >= BINS:
         return top.reshape(shape)
     best = torch.full_like(counts[:, 0], torch.inf)

@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float, Integer, Shaped
 from torch import Tensor, nn
 
-from neuropil.compress.quantize.grids import UNIFORM, Grid, Levels, Uniform, code_range, uniform
+from neuropil.compress.quantize.grids import UNIFORM, Grid, Levels, Uniform, code_range, stored, uniform
 from neuropil.compress.quantize.observers import Observer
 from neuropil.compress.quantize.schemes import LEVELS, fit_levels
 from neuropil.compress.quantize.tiles import (
@@ -95,10 +95,12 @@ class Quantizer(FakeQuantizer):
     observer: "minmax", "moving", "percentile", "mse", "aciq", "entropy"; of the uniform schemes (others fit
         their levels).
     rounding: "nearest" or "stochastic" (torch's global generator).
-    gradient: "clipped", the straight-through gradient of numbers inside the grid only, or "identity". Levels
-        have no end at which to clip: always "identity".
+    gradient: "clipped", the straight-through gradient of numbers within half a step of the grid only (as
+        `torch.fake_quantize_per_tensor_affine` has it), or "identity", as it always is for levels.
     dynamic: whether every tensor has a grid of its own.
     percentile, momentum: of the observers of these names.
+    scale_dtype: of scales, zero points and levels: "float32", or "float16" or "bfloat16", which take half the bytes and
+        hold grids of up to 8 bits. Numbers are rounded to what the stored scale gives.
     axis: of activations, the dimension of channels (1 in convolutions, -1 of features); of weights, see `for_layer`.
 
     Raises QuantizationError for settings out of range, for tensors with NaN or infinity (named `name`), for groups that
@@ -122,6 +124,7 @@ class Quantizer(FakeQuantizer):
         dynamic: bool = False,
         percentile: float = 99.9,
         momentum: float = 0.9,
+        scale_dtype: str = "float32",
         axis: int = 0,
         name: str = "the tensor",
     ) -> None:
@@ -131,13 +134,17 @@ class Quantizer(FakeQuantizer):
         _among("scheme", scheme, (*UNIFORM, *LEVELS))
         _among("rounding", rounding, ("nearest", "stochastic"))
         _among("gradient", gradient, ("clipped", "identity"))
+        _among("scale_dtype", scale_dtype, ("float32", "float16", "bfloat16"))
+        if scale_dtype != "float32" and bits > 8:
+            raise QuantizationError(f'scale_dtype="{scale_dtype}" cannot hold codes of {bits} bits: 8 at most')
         if granularity == "token" and not dynamic:
             raise QuantizationError('granularity="token" needs dynamic=True: tokens come and go, so do their ranges')
         if scheme == "restricted" and bits < 2:
             raise QuantizationError('scheme="restricted" needs 2 bits or more; for one bit give scheme="binary"')
         self.bits, self.scheme, self.granularity, self.observer = bits, scheme, granularity, observer
         self.rounding, self.gradient, self.dynamic = rounding, gradient, dynamic
-        self.percentile, self.momentum, self.axis, self.name = percentile, momentum, axis, name
+        self.percentile, self.momentum, self.scale_dtype = percentile, momentum, scale_dtype
+        self.axis, self.name = axis, name
         self.observing = False
         self._seen: Observer | None = None
         self._new_observer()  # says what is wrong with the settings
@@ -146,7 +153,7 @@ class Quantizer(FakeQuantizer):
 
     def settings(self) -> dict[str, Any]:
         names = ("bits", "scheme", "granularity", "observer", "rounding", "gradient", "dynamic")
-        return {n: getattr(self, n) for n in (*names, "percentile", "momentum", "axis", "name")}
+        return {n: getattr(self, n) for n in (*names, "percentile", "momentum", "scale_dtype", "axis", "name")}
 
     # --- ranges ----------------------------------------------------------------------------------
 
@@ -165,6 +172,11 @@ class Quantizer(FakeQuantizer):
     def _new_observer(self) -> Observer:
         return Observer(self.observer, self.percentile, self.momentum)
 
+    @property
+    def calibrated(self) -> bool:
+        """Whether it has a grid, or has seen what makes one."""
+        return self.scale is not None or self._seen is not None
+
     def freeze(self) -> None:
         """Find the grid from what was observed, and forget that. Raises QuantizationError where nothing was."""
         if self._seen is None:
@@ -175,9 +187,12 @@ class Quantizer(FakeQuantizer):
 
     def _fit(self, seen: Observer) -> Grid:
         if self.scheme in LEVELS:
-            assert seen.values is not None
-            return fit_levels(self.scheme, seen.values, self.bits)
-        return uniform(self.scheme, self.bits, *seen.range(self.scheme, self.bits))
+            if seen.values is None:
+                raise QuantizationError(f"{self.name}: nothing was observed; calibrate with at least one batch")
+            grid: Grid = fit_levels(self.scheme, seen.values, self.bits)
+        else:
+            grid = uniform(self.scheme, self.bits, *seen.range(self.scheme, self.bits))
+        return grid if self.scale_dtype == "float32" else stored(grid, getattr(torch, self.scale_dtype))
 
     @property
     def grid(self) -> Grid:

@@ -125,6 +125,8 @@ def check_finite(x: Tensor, name: str) -> None:
     """Raise QuantizationError, naming the tensor, where it holds NaN or infinity or is not of real numbers."""
     if not x.is_floating_point():
         raise QuantizationError(f"{name} holds {str(x.dtype).removeprefix('torch.')}: only real numbers are quantized")
+    if x.is_meta:
+        raise QuantizationError(f"{name} is on the meta device and has no numbers: load the model first")
     if not bool(torch.isfinite(x).all()):
         bad = int((~torch.isfinite(x)).sum())
         raise QuantizationError(f"{name} holds NaN or infinity in {bad} of {x.numel()} places; mend the model first")

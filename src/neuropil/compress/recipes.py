@@ -1,0 +1,137 @@
+"""Every way to make a model smaller after training, under one name each: what `neuropil compress` offers.
+
+>>> import torch
+>>> from torch import nn
+>>> model = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 8))
+>>> print(compress(model, "uniform", bits=4, group=32))
+changed 2 modules
+>>> compress(model, "uniform", sparsity=0.5)
+Traceback (most recent call last):
+    ...
+ValueError: uniform takes bits, group; it takes no sparsity
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, fields
+from typing import Any
+
+from torch import nn
+
+from neuropil.changes import Changes
+from neuropil.compress.quantize import quantize_model
+from neuropil.compress.sparse import pack_sparse, prune_magnitude
+from neuropil.compress.structured import prune_neurons
+from neuropil.packed import is_packed
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a recipe may be given; None where it is left to the recipe."""
+
+    bits: int | None = None
+    group: int | None = None  # weights that share a scale; None for one scale a channel
+    sparsity: float | None = None
+    calibration: Sequence[Any] | None = None  # batches the model takes
+    example: Any = None  # one input
+    skip: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A way to make a model smaller: which settings it takes, whether it needs data, and the paper it is of."""
+
+    what: str
+    takes: tuple[str, ...]
+    apply: Callable[[nn.Module, Settings], Changes]
+    slug: str | None = None
+    data: bool = False
+
+
+def _granularity(settings: Settings) -> Any:
+    return ("group", settings.group) if settings.group else "channel"
+
+
+def _uniform(model: nn.Module, settings: Settings) -> Changes:
+    bits = 8 if settings.bits is None else settings.bits
+    fine: dict[str, Any] = {"bits": bits, "granularity": _granularity(settings)}
+    fine |= {"scheme": "affine"} if settings.group else {"scheme": "symmetric"}
+    fine |= {"observer": "mse"} if bits < 8 else {}
+    return quantize_model(model, fine, skip=settings.skip)
+
+
+def _ternary(model: nn.Module, settings: Settings) -> Changes:
+    return quantize_model(
+        model, {"bits": 2, "scheme": "ternary", "granularity": _granularity(settings)}, skip=settings.skip
+    )
+
+
+def _binary(model: nn.Module, settings: Settings) -> Changes:
+    return quantize_model(
+        model, {"bits": 1, "scheme": "binary", "granularity": _granularity(settings)}, skip=settings.skip
+    )
+
+
+def _packed_zeros(pruned: Changes) -> Changes:
+    """Pruned weights as bit maps; what was pruned and has too few zeros to be smaller so stays, and is said to."""
+    packed = pack_sparse(pruned.model)
+    return Changes(packed.model, packed.changed, {**packed.left, **pruned.left})
+
+
+def _magnitude(model: nn.Module, settings: Settings) -> Changes:
+    return _packed_zeros(prune_magnitude(model, _sparsity(settings), skip=settings.skip))
+
+
+def _neurons(model: nn.Module, settings: Settings) -> Changes:
+    if settings.example is None:
+        raise ValueError("neurons: taking neurons out needs one input of the model (example=...)")
+    return prune_neurons(model, _sparsity(settings), settings.example, skip=settings.skip)
+
+
+def _sparsity(settings: Settings) -> float:
+    return 0.5 if settings.sparsity is None else settings.sparsity
+
+
+RECIPES: dict[str, Recipe] = {
+    "uniform": Recipe("integers on a uniform grid", ("bits", "group"), _uniform, "quantization-survey"),
+    "ternary": Recipe("-1, 0 and 1 times a scale", ("group",), _ternary, "quantization-survey"),
+    "binary": Recipe("-1 and 1 times a scale", ("group",), _binary, "quantization-survey"),
+    "magnitude": Recipe("the smallest weights zero, kept as a bit map", ("sparsity",), _magnitude),
+    "neurons": Recipe("the weakest neurons taken out, tensors smaller", ("sparsity",), _neurons),
+}
+
+
+def compress(
+    model: nn.Module,
+    method: str,
+    *,
+    bits: int | None = None,
+    group: int | None = None,
+    sparsity: float | None = None,
+    calibration: Iterable[Any] | None = None,
+    example: Any = None,
+    skip: Sequence[str] = (),
+) -> Changes:
+    """A smaller copy of the model by one of `RECIPES`; the model itself is left as it is.
+
+    What a recipe does not take it refuses; what it is not given it has a default for. Save the result with
+    `neuropil.models.save_packed`.
+
+    Raises ValueError for an unknown method, a setting that the method does not take or that makes no sense, missing
+    calibration data, NaN in weights, and a model that is compressed already.
+    """
+    if method not in RECIPES:
+        raise ValueError(f"no method is called {method!r}; there are {', '.join(RECIPES)}")
+    recipe = RECIPES[method]
+    batches = None if calibration is None else list(calibration)
+    settings = Settings(bits, group, sparsity, batches, example, tuple(skip))
+    given = [f.name for f in fields(Settings)[:3] if getattr(settings, f.name) is not None]
+    if foreign := [name for name in given if name not in recipe.takes]:
+        takes = ", ".join(recipe.takes) or "no settings"
+        raise ValueError(f"{method} takes {takes}; it takes no {' and no '.join(foreign)}")
+    if recipe.data and not batches:
+        raise ValueError(f"{method} needs calibration data: give at least one batch")
+    if any(is_packed(module) for module in model.modules()):
+        raise ValueError("the model is compressed already; give it as it was before")
+    return recipe.apply(model, settings)
