@@ -21,6 +21,11 @@ As a parametrization, for training with rounded weights:
 >>> layer.weight[0].unique().numel()
 4
 
+After training, for less loss: `fold` batch norms, `equalise` channels, `split_outliers`, `learn_rounding` (AdaRound,
+BRECQ, AdaQuant), `correct_bias`; without data `dfq` and `distil_data`. Bits for each layer: `sensitivity`, `curvature`,
+`bit_allocation`. In training: `qat_prepare`, `fold_qat`, `distillation`. In integers alone: `convert_integer`,
+`integer_functions`. What became of each layer: `report`. `list_methods()` has them all by the survey's numbers.
+
 A uniform grid of b bits rounds $r$ to $S (q - z)$, $q = \mathrm{clip}(\mathrm{round}(r / S) + z)$; the survey writes
 $Z = -z$. Coarse grids are told apart by what shares a scale (a tensor, a channel, a group of weights), by the range
 that is covered (`observer`), and by the levels (`scheme`). `list_methods()` leads from the survey's items to what does

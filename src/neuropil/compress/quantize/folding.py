@@ -66,8 +66,10 @@ def fold(model: nn.Module, pairs: Sequence[tuple[str, str]] | None = None) -> tu
 
 def _folded(layer: Any, norm: Any) -> nn.Module:
     if isinstance(layer, nn.Linear):
-        return fuse_linear_bn_eval(layer, norm)
-    return fuse_conv_bn_eval(layer, norm, transpose=isinstance(layer, TRANSPOSED))
+        made: nn.Module = fuse_linear_bn_eval(layer, norm)
+    else:
+        made = fuse_conv_bn_eval(layer, norm, transpose=isinstance(layer, TRANSPOSED))
+    return made.requires_grad_(layer.weight.requires_grad)  # torch leaves a bias that was not there untrained
 
 
 def known(norm: nn.Module) -> tuple[Tensor, Tensor]:

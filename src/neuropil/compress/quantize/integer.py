@@ -133,16 +133,20 @@ class IntegerLayer(nn.Module):
         return self._sums(q) + self.bias.reshape(-1, *[1] * (self.codes.ndim - 2))
 
     def _sums(self, q: Codes) -> Codes:
-        """The convolution of int8 codes, in int32; those without groups in two dimensions as one matrix product."""
-        stride, dilation, groups = self.how["stride"], self.how["dilation"], self.how["groups"]
-        if self.codes.ndim == 4 and groups == 1 and set(dilation) == {1}:
-            patches = q.unfold(2, self.codes.shape[2], stride[0]).unfold(3, self.codes.shape[3], stride[1])
-            n, _, high, wide = patches.shape[:4]
-            rows = patches.permute(0, 2, 3, 1, 4, 5).reshape(n * high * wide, -1)
-            sums = torch._int_mm(rows.contiguous(), self.codes.flatten(1).T.contiguous())
-            return sums.reshape(n, high, wide, -1).permute(0, 3, 1, 2)
-        convolve = (F.conv1d, F.conv2d, F.conv3d)[self.codes.ndim - 3]
-        return convolve(q.int(), self.codes.int(), None, stride, 0, dilation, groups)
+        """The convolution of int8 codes, in int32, as a matrix product with every patch (one for each group)."""
+        kernel, groups = self.codes.shape[2:], self.how["groups"]
+        for dim, (k, step, d) in enumerate(zip(kernel, self.how["stride"], self.how["dilation"], strict=True)):
+            q = q.unfold(2 + dim, d * (k - 1) + 1, step)[..., ::d]
+        n, channels, *high = q.shape[: 2 + len(kernel)]
+        places = list(range(2, 2 + len(kernel)))
+        patches = q.permute(0, *places, 1, *range(2 + len(kernel), q.ndim))
+        rows = patches.reshape(-1, groups, channels // groups * kernel.numel())
+        if groups == 1:
+            sums = torch._int_mm(rows[:, 0].contiguous(), self.codes.flatten(1).T.contiguous())
+        else:
+            weight = self.codes.reshape(groups, -1, rows.shape[2]).int()
+            sums = torch.bmm(rows.transpose(0, 1).int(), weight.transpose(1, 2)).transpose(0, 1)
+        return sums.reshape(n, *high, -1).movedim(-1, 1).contiguous()  # torch's int8 max pooling needs that
 
     def _by_channel(self, x: Tensor) -> Tensor:
         return x if self.codes.ndim == 2 else x.reshape(-1, *[1] * (self.codes.ndim - 2))

@@ -82,7 +82,7 @@ class Rounding(FakeQuantizer):
         return (floor + self.up()).clamp(self.grid.low, self.grid.high)
 
     def forward(self, w: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
-        made = self.grid.values(self.codes(w.detach()))
+        made = (self.codes(w.detach()) - self.grid.zero[..., None]) * self.grid.scale[..., None]
         return from_tiles(made, self.tiles, w.shape).to(w.dtype)
 
     def pack(self, w: Float[Tensor, "*shape"]) -> Packing:
@@ -90,7 +90,7 @@ class Rounding(FakeQuantizer):
 
 
 class Moved(FakeQuantizer):
-    """AdaQuant: rounds w + v to the nearest of a grid whose scale is learned as well."""
+    """AdaQuant: rounds w + v s to the nearest of a grid whose scale s is learned as well."""
 
     hard = False
 
@@ -112,7 +112,7 @@ class Moved(FakeQuantizer):
 
     def _at(self, w: Tensor) -> tuple[Tensor, Tensor]:
         scale = self.start.scale * self.stretch
-        at = (to_tiles(w, self.tiles) + self.v) / scale[..., None] + self.start.zero[..., None]
+        at = to_tiles(w, self.tiles) / scale[..., None] + self.v + self.start.zero[..., None]
         at = at.clamp(self.start.low, self.start.high)
         return straight_through(at, at.detach().round()), scale
 
@@ -264,7 +264,10 @@ def _parametrized(module: nn.Module, grid: Uniform, tiles: Tiling, kind: type[Ro
 
 def _biases(work: nn.Module, names: Iterable[str]) -> list[nn.Parameter]:
     found = [work.get_submodule(name)._parameters.get("bias") for name in names]
-    return [bias for bias in found if bias is not None]
+    biases = [bias for bias in found if bias is not None]
+    for bias in biases:
+        bias.requires_grad_()
+    return biases
 
 
 def _learn(

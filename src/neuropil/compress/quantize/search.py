@@ -97,10 +97,11 @@ def _evolution(
     uniform = [{n: o[min(k, len(o) - 1)] for n, o in options.items()} for k in range(max(map(len, options.values())))]
     people = [_fit(bits, costs, budget) for bits in uniform]
     people += [_fit({n: o[draw(len(o))] for n, o in options.items()}, costs, budget) for _ in range(population)]
-    for _ in range(20 * tries):  # a population may hold nothing new
+    stale = 0  # generations that held nothing new
+    while len(score.known) < tries and stale < 10:
+        before = len(score.known)
         people = sorted({tuple(p.items()): p for p in people}.values(), key=score, reverse=True)[: population // 2]
-        if len(score.known) >= tries:
-            break
+        stale = 0 if len(score.known) > before else stale + 1
         children = []
         for _ in range(population - len(people)):
             a, b = people[draw(len(people))], people[draw(len(people))]
