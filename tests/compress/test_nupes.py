@@ -308,7 +308,7 @@ def test_learning_lowers_the_error_and_moves_codes_far() -> None:
     plain = layer(data[0]).detach()
     power = (plain.square().sum(1)).mean()
     for changes, wanted in ((start, told.start_error), (made, told.output_error)):
-        found = (changes.model(data[0]) - plain).square().sum(1).mean() / power
+        found = (changes.model(data[0]).detach() - plain).square().sum(1).mean() / power
         assert float(found) == pytest.approx(wanted, rel=1e-3)
     codes = made.model[0].packing.integers()
     assert codes.max() <= 14

@@ -98,7 +98,8 @@ def to_integers(model: nn.Module) -> Changes:
     """A copy in which quantized layers of exponent 1/2 compute in integers; it answers as before, up to float rounding.
 
     The model is one of `nupes_quantize(..., exponent=0.5, activations=...)`. Layers of another exponent, without
-    rounded inputs, or of a kind that has no integer path here are left. Weights stay packed.
+    rounded inputs, or of a kind that has no integer path here are left. Weights stay packed. To keep it on disk, save
+    the model it is made from (`models.save_packed`) and make it again.
     Raises QuantizationError where the model has no packed layer.
     """
     made = copy.deepcopy(model)
