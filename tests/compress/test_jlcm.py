@@ -26,6 +26,7 @@ from neuropil.compress.jlcm import codebook_bits, partial_sums, size_report
 from neuropil.compress.quantize.nonuniform import kmeans as lloyd
 from neuropil.compress.quantize.tiles import QuantizationError
 from neuropil.compress.reconstruction import ReconstructionError, output_error, walk
+from neuropil.models import load
 from neuropil.models.packed_files import FILE, load_packed, save_packed
 from neuropil.models.stores import safetensors_header
 from neuropil.packed import Lookup, nbytes, packed_modules, unpack
@@ -619,6 +620,25 @@ def test_a_language_model_with_tied_embeddings(tmp_path: Path) -> None:
     again = load_packed(save_packed(changes.model, tmp_path / "small"), into=llama(1))
     assert torch.equal(again(IDS).logits, changes.model(IDS).logits)
     assert size_report(changes.model).weights == sum(p.numel() for p in model.parameters() if p.dim() > 1)
+
+
+def test_the_first_layers_of_a_real_language_model() -> None:
+    whole = load("smollm2")
+    model = whole.module().eval()
+    model.model.layers = model.model.layers[:1]
+    tokens = whole.tokenizer("The neuropil is the tissue in which neurons meet. " * 20)["input_ids"][:192]
+    seen, fresh = torch.tensor(tokens[:128]).view(4, 32), torch.tensor(tokens[128:]).view(2, 32)
+    layers = {f"model.layers.0.{name}": 2 for name in ("self_attn.q_proj", "self_attn.v_proj", "mlp.*")}
+    with torch.no_grad():
+        wanted = model.model(fresh).last_hidden_state
+
+    def lost(**how: Any) -> float:
+        changes = learn_codebooks(model, layers, 8, **how)
+        assert len(changes.changed) == 5
+        with torch.no_grad():
+            return float((changes.model.model(fresh).last_hidden_state - wanted).square().mean() / wanted.var())
+
+    assert lost(calibration=[seen], steps=10) < lost() / 1.5
 
 
 def test_layers_whose_rows_are_inputs() -> None:
