@@ -86,8 +86,8 @@ NOTES = (
     "than whole channels (Gaussian weights by 0.3 against 0.03 %); an affine grid does not.",
     "(i) The teacher is no better than 88.7 %, and training with labels alone comes within half a point of it at 2 "
     "bits: little is left for it to teach.",
-    "At 3 bits least squared error was the better range for weights with seed 100, the extremes are with seeds 0 and 1; "
-    "AdaRound, training and HAWQ-V2 are on average better than either.",
+    "At 3 bits least squared error was the better range for weights with seed 100, the extremes are with seeds 0 and 1;"
+    " AdaRound, training and HAWQ-V2 are on average better than either.",
     "SmolLM2's packaged weights had been rounded to 4 bits in groups of 32 before: only 3 and 2 bits say something. "
     "Its rows are outside the rule.",
 )
