@@ -1,4 +1,4 @@
-"""The verdict of the quantization survey as a function of rows, its figure, and its measurements in small."""
+"""The verdict on the quantization survey as a function of rows, its figure, its measurements in small."""
 
 import math
 
