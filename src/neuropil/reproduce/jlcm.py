@@ -63,6 +63,11 @@ NOTES = (
     "and forward passes that take its mean.",
     "Scores of codewords begin with the distance to them, which keeps far codewords behind whatever the gradient. The "
     "two arms from indices alone begin without (all codewords but that of k-means alike), outside the rule.",
+    "Likely reason why the plain gradient is hardly worse by the rule: that beginning is proximal by itself, and both "
+    "gradients move indices to neighbours only. From indices alone the plain gradient moves most of them beyond a "
+    "neighbour and ends at a higher error, as the paper has it, and the proximal one does not.",
+    "Grouping is not always a gain: groups are of rows alike in the distribution of weights, and the least error of "
+    "the weights is not the least error of what they compute.",
     "Moves of indices are counted against those of k-means, in all layers, in places of the codebook.",
 )
 SEEDS: dict[Scale, tuple[int, ...]] = {"smoke": (0,), "default": (0, 1, 2), "paper": (0, 1, 2, 3, 4)}
