@@ -63,9 +63,14 @@ NOTES = (
     "and forward passes that take its mean.",
     "Scores of codewords begin with the distance to them, which keeps far codewords behind whatever the gradient. The "
     "two arms from indices alone begin without (all codewords but that of k-means alike), outside the rule.",
+    "Likely reason why the plain gradient is hardly worse by the rule: that beginning is proximal by itself, and both "
+    "gradients move indices to neighbours only. From indices alone the plain gradient moves most of them beyond a "
+    "neighbour and ends at a higher error, as the paper has it, and the proximal one does not.",
+    "Grouping is not always a gain: groups are of rows alike in the distribution of weights, and the least error of "
+    "the weights is not the least error of what they compute.",
     "Moves of indices are counted against those of k-means, in all layers, in places of the codebook.",
 )
-SEEDS: dict[Scale, tuple[int, ...]] = {"smoke": (0,), "default": (0, 1, 2, 3), "paper": (0, 1, 2, 3, 4)}
+SEEDS: dict[Scale, tuple[int, ...]] = {"smoke": (0,), "default": (0, 1, 2), "paper": (0, 1, 2, 3, 4)}
 SETTINGS: dict[Scale, dict[str, Any]] = {
     "smoke": {"data": "digits", "images": 1200, "epochs": 15, "steps": 40, "calibration": 128, "language": False},
     "default": {
@@ -86,13 +91,13 @@ LATENT = "both, latent weights"
 PLAIN_INDEX, INVERSE_INDEX = "plain, from indices alone", "1 / (d + 0.1), from indices alone"
 LEARNED: dict[str, dict[str, Any]] = {
     ALONE: {"learn": "codebooks"},
-    PLAIN: {"gradient": "plain", "lr": 1e-2},
-    INVERSE: {"phi": "inverse", "lr": 3e-3},
-    EXPONENTIAL: {"phi": "exponential", "lr": 1e-2},
-    NEIGHBOURS: {"phi": "neighbours", "lr": 1e-2},
-    LATENT: {"form": "latent", "lr": 1e-2},
-    PLAIN_INDEX: {"gradient": "plain", "start": "index", "lr": 1e-2},
-    INVERSE_INDEX: {"phi": "inverse", "start": "index", "lr": 1e-2},
+    PLAIN: {"gradient": "plain", "lr": 0.01},
+    INVERSE: {"phi": "inverse", "lr": 0.003},
+    EXPONENTIAL: {"phi": "exponential", "lr": 0.01},
+    NEIGHBOURS: {"phi": "neighbours", "lr": 0.003},
+    LATENT: {"form": "latent", "lr": 0.01},
+    PLAIN_INDEX: {"gradient": "plain", "start": "index", "lr": 0.03},
+    INVERSE_INDEX: {"phi": "inverse", "start": "index", "lr": 0.03},
 }
 ARMS = (UNIFORM, CHANNEL, ONE, *BOOKS.values(), SCALES, *LEARNED)
 BASELINES = (UNIFORM, CHANNEL, ONE, ALONE, PLAIN, PLAIN_INDEX)
