@@ -58,8 +58,8 @@ DEVIATIONS = (
     "methods, a scale a tensor; 300 steps a layer",
 )
 NOTES = (
-    "With data, settings were chosen on training images 50,000 to 60,000 with a network of seed 100, at 2 and 3 bits, a "
-    "scale a channel and a scale a tensor: of AdaRound learning rate 0.03, 0.1 or 0.3, strength 0.001, 0.01 or 0.1 (a "
+    "With data, settings were chosen on training images 50,000 to 60,000 with a network of seed 100, at 2 and 3 bits, "
+    "a scale a channel and a scale a tensor: of AdaRound learning rate 0.03, 0.1 or 0.3, strength 0.001, 0.01 or 0.1 (a "
     "tensor: four of these pairs) and a scale by the largest weight or by least error, which it likes better; of NUPES "
     "seven pairs of learning rate (0.01 to 0.1) and strength (0.1 or 1) and the same two scales; it likes the largest "
     "weight better. Plain rounding has the scale of least error.",
