@@ -439,8 +439,8 @@ def test_ranges_from_data_from_norms_and_from_each_batch() -> None:
     inputs = [free[i].input_quantizer for i in (0, 4, 7)]
     assert torch.isnan(inputs[0].high)
     assert float(inputs[1].low) == 0
-    assert float(inputs[1].high) == pytest.approx(float((beta + 6 * gamma).max()))
-    assert float(inputs[2].low) == pytest.approx(float((model[5].bias - 6 * model[5].weight.abs()).min()))
+    assert float(inputs[1].high) == pytest.approx((beta + 6 * gamma).max().item())
+    assert float(inputs[2].low) == pytest.approx((model[5].bias - 6 * model[5].weight.abs()).min().item())
     x = images(32)
     seen = nupes_quantize(model, activations=8, calibration=[x[:16], x[16:]], learn="nothing").model
     assert float(seen[0].input_quantizer.high) == pytest.approx(float(x.max()))

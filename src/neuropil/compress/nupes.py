@@ -11,9 +11,8 @@ $a = 1$ is the uniform grid, smaller exponents are finer near 0. `nupes_quantize
 - without data (PowerQuant), by Nelder-Mead: $a^* = \arg\min_a \sum_l \lVert W_l - \hat W_l(a) \rVert_2$, one for all
   layers (`exponent="global"`) or one a layer (`"layer"`); or takes the one it is given, as 0.5;
 - with calibration batches (NUPES), by gradient, together with the codes: each layer's (or block's) output is kept,
-  $\min E \lVert f(x, W) - f(\hat x, \hat W) \rVert^2$. Codes are real numbers, what the exponent gives plus a shift
-  that may lead over the whole grid (AdaRound's go up or down only), and pass through a soft rounding that hardens to
-  integers.
+  $\min E \lVert f(x, W) - f(\hat x, \hat W) \rVert^2$. Codes are real numbers: what the exponent gives, plus a shift
+  that may lead over the whole grid (AdaRound's go up or down only). A soft rounding hardens them to integers.
 
 >>> _ = torch.manual_seed(0)
 >>> model = nn.Sequential(*[nn.Linear(64, 64) for _ in range(4)])
