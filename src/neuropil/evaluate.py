@@ -41,7 +41,7 @@ class Perplexity:
 
 def windows(
     texts: Sequence[str], tokenizer: Any, length: int = 512, limit: int | None = None
-) -> list[Int[Tensor, "1 length"]]:
+) -> list[Int[Tensor, "1 _"]]:
     """Texts cut into windows of `length` tokens that do not overlap and do not cross from one text to the next.
 
     Each window begins with the tokenizer's beginning-of-text token where the tokenizer has one that it puts there
@@ -70,7 +70,7 @@ def _beginning(tokenizer: Any) -> list[int]:
 
 
 @torch.no_grad()
-def perplexity(model: nn.Module, batches: Sequence[Int[Tensor, "1 length"]]) -> Perplexity:
+def perplexity(model: nn.Module, batches: Sequence[Int[Tensor, "1 _"]]) -> Perplexity:
     """Perplexity of a causal language model over windows (see `windows`), every token but each window's first.
 
     The mean is over tokens, not over windows. The model answers in its own precision, in eval mode, and is left
@@ -102,7 +102,7 @@ def accuracy(
 
 
 @torch.no_grad()
-def generation_rate(model: Any, ids: Int[Tensor, "1 length"], tokens: int = 32, repeats: int = 3) -> float:
+def generation_rate(model: Any, ids: Int[Tensor, "1 _"], tokens: int = 32, repeats: int = 3) -> float:
     """Tokens a second that greedy generation gives after the prompt is read; the best of some repeats.
 
     The prompt's own pass is not counted. The best is the least disturbed by whatever else the machine does.
