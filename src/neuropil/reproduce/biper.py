@@ -85,10 +85,10 @@ TUNED: dict[str, float] = {
     REAL: 0.08,
     CLIPPED: 0.15,
     TANH: 0.08,
-    STAGED: 0.08,
+    STAGED: 0.15,
     SINGLE: 0.08,
     wave(1.0): 0.08,
-    wave(5.0): 0.08,
+    wave(5.0): 0.15,
     wave(20.0): 0.08,
     wave(50.0): 0.02,
 }
