@@ -282,7 +282,7 @@ def figure(report: Report) -> Figure:
     middle.set_xticks(OMEGAS, [f"{o:g}" for o in OMEGAS])
     middle.minorticks_off()
     grid = torch.logspace(-2, 1.5, 200).tolist()
-    right.plot(grid, [laplace_error(u) for u in grid], color=BASELINE, label="formula, Laplace weights")
+    right.plot(grid, [laplace_error(u) for u in grid], color=BASELINE, label="formula (Laplace)")
     for omega, shade in zip(OMEGAS, (0.35, 0.55, 0.75, 1.0), strict=True):
         names = [row.name for row in report.rows if row.metric == ERROR and row.name.startswith(f"{wave(omega)},")]
         at = [find(report.rows, n, ARGUMENT).mean for n in names]
@@ -297,7 +297,7 @@ def figure(report: Report) -> Figure:
     right.set(
         xscale="log", xlabel="u = omega mean|w|", ylabel="least error of signs against sines", title="Trained layers"
     )
-    right.legend(frameon=False, fontsize=8)
+    right.legend(frameon=False, fontsize=7, loc="lower right")
     for panel in (left, middle, right):
         panel.spines[["top", "right"]].set_visible(False)
     out.suptitle(f"biper on {report.settings['data']}: {report.verdict}", fontsize="medium")
