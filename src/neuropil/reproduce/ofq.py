@@ -50,13 +50,23 @@ PAPER_SAYS = (
     "ImageNet, 4 bits: 75.46, 81.10 and 81.88 %",
 )
 DEVIATIONS = (
-    "a ViT of 3 layers of 48 (17 tokens) on 3,000 images of Fashion-MNIST, 5 + 1 epochs, instead of DeiT and Swin on "
+    "a ViT of 3 layers of 48 (17 tokens) on 6,000 images of Fashion-MNIST, 7 + 1 epochs, instead of DeiT and Swin on "
     "ImageNet (300 + 30 epochs); one step of activations for all tokens",
     "the learning rate is chosen for each method from one grid, at a smaller scale, on images outside training and "
     "test; so are the threshold of freezing and the boundary of CGA. No augmentation and no warm-up",
     "methods without CGA train on for the last epoch at the same last learning rate, so that all take as many steps",
 )
-NOTES: tuple[str, ...] = ()
+NOTES = (
+    "Grid: learning rate 0.0005, 0.001 or 0.002 (0.004 and 0.008 were worse at a still smaller scale), boundary 0.003, "
+    "0.005, 0.007 or 0.01; seed 100 on 3,000 images, 5 + 1 epochs, judged on training images 50,000 to 56,000. "
+    "Freezing gained nothing there: a threshold of 0.1 froze no weight, and 0.05, which cost 0.8 points, is shown.",
+    "The scales of StatsQ do move less than learned ones, by a factor of six. That does not still the weights: in the "
+    "grid, at equal learning rates, a tenth more of them oscillated with StatsQ than with LSQ. Likely reason: StatsQ "
+    "has a threshold at 0, where weights are dense, and steps half as wide as those that LSQ begins with. In the "
+    "regression its weights flip twice as often.",
+    "Annealing does what it says: in the regression oscillations all but end. For accuracy there is little to gain "
+    "here: two bits and LSQ are within 0.7 points of full precision, on ImageNet (DeiT-T) 17.5 points below it.",
+)
 SEEDS: dict[Scale, tuple[int, ...]] = {"smoke": (0,), "default": (0, 1, 2), "paper": (0, 1, 2, 3, 4)}
 SETTINGS: dict[Scale, dict[str, Any]] = {
     "smoke": {
@@ -64,7 +74,7 @@ SETTINGS: dict[Scale, dict[str, Any]] = {
         "steps": 300, "bits": 2,
     },
     "default": {
-        "data": "fashion-mnist", "images": 3_000, "first": 10, "epochs": (5, 1), "width": 48, "layers": 3, "patch": 7,
+        "data": "fashion-mnist", "images": 6_000, "first": 15, "epochs": (7, 1), "width": 48, "layers": 3, "patch": 7,
         "steps": 2_000, "bits": 2,
     },
     "paper": {
@@ -81,8 +91,8 @@ ACCURACY, SHARE, COUNT, DRIFT = (
 )  # fmt: skip
 TOY = "oscillations in 1000 steps, regression"
 # The learning rate: the best of the grid in NOTES.
-TUNED: dict[str, float] = {FULL: 2e-3, LEARNED: 2e-3, FROZEN: 2e-3, STATS: 2e-3, PRODUCT: 2e-3, ANNEALED: 2e-3}
-THRESHOLD, BOUNDARY = 0.02, 0.005
+TUNED: dict[str, float] = {FULL: 0.001, LEARNED: 0.002, FROZEN: 0.002, STATS: 0.001, PRODUCT: 0.002, ANNEALED: 0.002}
+THRESHOLD, BOUNDARY = 0.05, 0.005
 
 Split = tuple[Tensor, Tensor]
 
