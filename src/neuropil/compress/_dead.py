@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 import torch
 from torch import Tensor, nn
 
 from neuropil.changes import Changes
+from neuropil.compress.reconstruction import run
 from neuropil.compress.structured import Example, remove_neurons
 from neuropil.errors import NoNeurons
+from neuropil.evaluate import evaluating
 from neuropil.neurons import Site, capture, find_sites
 
 
@@ -26,27 +26,15 @@ def without_dead_neurons(changes: Changes, example: Example) -> Changes:
         sites = [site for site in find_sites(model) if site.write is not None]
     except NoNeurons:
         return changes
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
+    with evaluating(model):
         with torch.no_grad(), capture(model, sites) as seen:
-            _run(model, example)
+            run(model, example)
         gone = {site.name: _gone(model, site, seen[site.name], left) for site in sites}
         removed = remove_neurons(model, {name: each for name, each in gone.items() if each}, example)
-    finally:
-        for module in training:
-            module.training = True
     kept = {name: why for name, why in removed.left.items() if name not in changes.changed and name not in left}
     for module in removed.model.modules():
         module.training = model.training
     return Changes(removed.model, changes.changed, left | kept)
-
-
-def _run(model: nn.Module, example: Example) -> None:
-    if isinstance(example, Mapping):
-        model(**example)
-    else:
-        model(*example) if isinstance(example, tuple) else model(example)
 
 
 @torch.no_grad()

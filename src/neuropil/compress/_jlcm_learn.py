@@ -14,7 +14,7 @@ from neuropil.compress._jlcm_mapping import CodebookWeight, SharedAdam
 from neuropil.compress._jlcm_solve import by_outputs
 from neuropil.compress.quantize.models import weight_of
 from neuropil.compress.quantize.tiles import QuantizationError, working
-from neuropil.compress.reconstruction import Seen, minimise, output_error, run, walk
+from neuropil.compress.reconstruction import Seen, minimise, output_error, reached, run, walk
 from neuropil.evaluate import evaluating
 
 LARGEST_SCORES = 1 << 24  # numbers of scores beyond which the latent form is taken
@@ -52,8 +52,8 @@ def learn_layers(
         units.setdefault(next((b for b in blocks if name.startswith(f"{b}.")), name), []).append(name)
     if empty := [block for block, inside in units.items() if not inside]:
         raise QuantizationError(f"block {empty[0]!r} holds no layer to be learned; see model.named_modules()")
-    reached = _reached(plain, list(units), batches)
-    for seen in walk(plain, [unit for unit in units if unit in reached], batches, inputs_from=work):
+    ran = reached(plain, list(units), batches)
+    for seen in walk(plain, [unit for unit in units if unit in ran], batches, inputs_from=work):
         inside, unit = {name: made[name] for name in units[seen.name]}, work.get_submodule(seen.name)
         with evaluating(unit):
             if list(inside) == [seen.name]:
@@ -66,22 +66,6 @@ def _alone(work: nn.Module, name: str) -> bool:
     """Whether no other layer shares its weight."""
     own = work.get_submodule(name).parametrizations["weight"][0]  # type: ignore[index]
     return sum(own is m for _, m in work.named_modules(remove_duplicate=False) if isinstance(m, CodebookWeight)) == 1
-
-
-def _reached(model: nn.Module, names: Sequence[str], batches: Sequence[Any]) -> set[str]:
-    """The names of the modules that run on the first batch; all of them if there is none (which `walk` refuses)."""
-    found: set[str] = set()
-    hooks = [
-        model.get_submodule(name).register_forward_pre_hook(lambda *_, name=name: found.add(name)) for name in names
-    ]
-    try:
-        with evaluating(model), torch.no_grad():
-            for one in batches[:1]:
-                run(model, one)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return found if batches else set(names)
 
 
 def _learn_layer(plain: nn.Module, layer: nn.Module, made: CodebookWeight, seen: Seen, how: How) -> None:

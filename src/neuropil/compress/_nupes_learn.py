@@ -18,8 +18,7 @@ from neuropil.compress._nupes_power import between, encode, position
 from neuropil.compress.quantize.gradients import soft_round
 from neuropil.compress.quantize.quantizer import straight_through
 from neuropil.compress.quantize.tiles import Tiling, from_tiles
-from neuropil.compress.reconstruction import ReconstructionError, Seen, mean_error, minimise, output_error
-from neuropil.compress.reconstruction import run as run_batch
+from neuropil.compress.reconstruction import Seen, mean_error, minimise, output_error
 from neuropil.evaluate import evaluating
 
 A_LOW, A_HIGH = 0.2, 1.5  # the exponents that can be learned
@@ -153,23 +152,6 @@ def learn_unit(work: nn.Module, unit: Unit, seen: Seen, how: Learning) -> dict[s
     return found
 
 
-def ran_on(model: nn.Module, names: Sequence[str], batches: Sequence[Any]) -> set[str]:
-    """The names of the modules that run on the first batch. Raises ReconstructionError where there is none."""
-    if not batches:
-        raise ReconstructionError("the calibration is empty: give at least one batch")
-    ran: set[str] = set()
-    handles = [
-        model.get_submodule(name).register_forward_pre_hook(lambda *_, name=name: ran.add(name)) for name in names
-    ]
-    try:
-        with evaluating(model), torch.no_grad():
-            run_batch(model, batches[0])
-    finally:
-        for handle in handles:
-            handle.remove()
-    return ran
-
-
 def _runner(module: nn.Module, unit: Unit) -> Callable[..., Any]:
     """The unit with the weights that its codes stand for."""
 
@@ -250,17 +232,14 @@ def _hard(every: Sequence[FreeCodes]) -> Iterator[None]:
 def _frozen(module: nn.Module) -> Iterator[None]:
     """In eval mode, and no gradient for the module's own parameters."""
     asked = [p for p in module.parameters() if p.requires_grad]
-    training = [m for m in module.modules() if m.training]
-    module.eval()
     for p in asked:
         p.requires_grad_(False)
     try:
-        yield
+        with evaluating(module):
+            yield
     finally:
         for p in asked:
             p.requires_grad_(True)
-        for m in training:
-            m.training = True
 
 
 def put(work: nn.Module, unit: Unit, found: dict[str, Learned]) -> None:

@@ -73,10 +73,10 @@ from torch import Tensor, nn
 from neuropil.changes import Changes
 from neuropil.compress._nupes_inputs import PowerInput, add_inputs, observing, ranges_of_norms
 from neuropil.compress._nupes_integers import PowerConv2d, PowerLinear, to_integers
-from neuropil.compress._nupes_learn import FreeCodes, Learned, Learning, Unit, learn_unit, put, ran_on
+from neuropil.compress._nupes_learn import FreeCodes, Learned, Learning, Unit, learn_unit, put
 from neuropil.compress._nupes_power import PowerCodes, check_exponent, decode, encode, lookup, power_quantize, top_code
 from neuropil.compress._nupes_search import Spread, best_size, find_exponent
-from neuropil.compress.quantize.graph import activation_of, traced
+from neuropil.compress.quantize.graph import read_by_relu
 from neuropil.compress.quantize.models import layers, pack_layers, run_batches, weight_of
 from neuropil.compress.quantize.tiles import (
     QuantizationError,
@@ -87,7 +87,7 @@ from neuropil.compress.quantize.tiles import (
     to_tiles,
     working,
 )
-from neuropil.compress.reconstruction import output_error, walk
+from neuropil.compress.reconstruction import output_error, reached, walk
 from neuropil.packed import Packing
 
 __all__ = [
@@ -344,7 +344,7 @@ def _learned(
     tied = {owner for name, owner in owners.items() if name != owner}
     can = [name for name in plans if name not in tied and not isinstance(found[name], nn.Embedding)]
     units = _units(model, can, blocks, batches)
-    relus = _relus(model, can)
+    relus = read_by_relu(model, can)
     results: dict[str, Learned] = {}
     ranges: dict[str, dict[str, Tensor]] = {}
     for seen in walk(model, units, batches, inputs_from=work):
@@ -364,7 +364,7 @@ def _learned(
 
 def _units(model: nn.Module, can: Sequence[str], blocks: Sequence[str], batches: list[Any]) -> dict[str, list[str]]:
     """What is kept: the outputs of blocks with the layers in them, and of the layers outside; those that run."""
-    ran = ran_on(model, can, batches)
+    ran = reached(model, can, batches)
     units: dict[str, list[str]] = {}
     for name in can:
         if name in ran:
@@ -373,12 +373,3 @@ def _units(model: nn.Module, can: Sequence[str], blocks: Sequence[str], batches:
     if idle := [block for block in blocks if block not in units]:
         raise QuantizationError(f"block {idle[0]!r} holds no layer that can be learned; see model.named_modules()")
     return units
-
-
-def _relus(model: nn.Module, names: Sequence[str]) -> set[str]:
-    """The layers whose answer a ReLU alone reads, as far as torch.fx can tell: they are judged after it."""
-    try:
-        graph = traced(model)
-    except QuantizationError:
-        return set()
-    return {name for name in names if activation_of(model, graph, name)}

@@ -14,7 +14,6 @@ Operations(dense=90, kept=70)
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
@@ -24,6 +23,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from neuropil.compress.reconstruction import run
 from neuropil.compress.sparse import LAYERS
 from neuropil.compress.structured import Example
 from neuropil.evaluate import evaluating
@@ -76,10 +76,7 @@ def count_operations(model: nn.Module, example: Example) -> Operations:
             elif isinstance(module, LAYERS) or type(module).__name__ == "Conv1D":
                 undo.callback(module.register_forward_hook(layer, with_kwargs=True).remove)
         counter = undo.enter_context(FlopCounterMode(display=False))
-        if isinstance(example, Mapping):
-            model(**example)
-        else:
-            model(*example) if isinstance(example, tuple) else model(example)
+        run(model, example)
     dense = counter.get_total_flops() // 2
     return Operations(dense, dense - sum(spared))
 

@@ -141,6 +141,22 @@ def run(model: nn.Module, batch: Any) -> Any:
     return model(batch) if isinstance(batch, Tensor) else model(*batch)
 
 
+def reached(model: nn.Module, names: Sequence[str], batches: Sequence[Any]) -> set[str]:
+    """The names of the modules that run on the first batch; all of them if there is none (which `walk` refuses)."""
+    found: set[str] = set()
+    handles = [
+        model.get_submodule(name).register_forward_pre_hook(lambda *_, name=name: found.add(name)) for name in names
+    ]
+    try:
+        with evaluating(model), torch.no_grad():
+            for batch in batches[:1]:
+                run(model, batch)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return found if batches else set(names)
+
+
 def first(out: Any) -> Tensor:
     """The tensor that a module answers with: the first of several."""
     while not isinstance(out, Tensor):

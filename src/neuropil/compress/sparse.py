@@ -60,17 +60,6 @@ def prunable(model: nn.Module, skip: Sequence[str] = ()) -> tuple[dict[str, nn.M
     return found, left
 
 
-def apply_masks(model: nn.Module, masks: dict[str, Tensor], left: dict[str, str]) -> Changes:
-    """A copy of the model in which the weight of each named layer is zero where its mask (True: kept) is not."""
-    made = copy.deepcopy(model)
-    with torch.no_grad():
-        for name, mask in masks.items():
-            weight = made.get_submodule(name).weight
-            assert isinstance(weight, Tensor)
-            weight.mul_(mask)
-    return Changes(made, tuple(masks), left)
-
-
 def prune_magnitude(model: nn.Module, sparsity: float, *, per: str = "model", skip: Sequence[str] = ()) -> Changes:
     """A copy without the smallest weights: the baseline of every pruner, by `torch.nn.utils.prune`.
 

@@ -35,6 +35,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from neuropil.changes import Changes
+from neuropil.compress.reconstruction import run
 from neuropil.errors import MissingExtra
 from neuropil.evaluate import evaluating
 from neuropil.models import load
@@ -67,7 +68,7 @@ def _root_mean_square(model: nn.Module, data: Iterable[Example]) -> dict[str, Te
     with evaluating(model):
         for example in data:
             with capture(model) as seen:
-                _logits(model, example)
+                run(model, example)
             for name, h in seen.items():
                 flat = h.movedim(axes[name], -1).flatten(0, -2).double()
                 sums[name] = sums.get(name, 0.0) + flat.square().sum(0)
@@ -171,8 +172,5 @@ def _remove(model: nn.Module, gone: Mapping[Site, list[int]], example: Example) 
 
 
 def _logits(model: Any, example: Any) -> Any:
-    if isinstance(example, Mapping):
-        out = model(**example)
-    else:
-        out = model(*example) if isinstance(example, tuple) else model(example)
+    out = run(model, example)
     return getattr(out, "logits", out)

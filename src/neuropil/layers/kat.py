@@ -56,6 +56,7 @@ import torch
 from torch import Tensor, nn
 
 from neuropil.changes import Changes
+from neuropil.evaluate import evaluating
 from neuropil.layers._kat_fit import Fit, fit_rational, gain
 from neuropil.layers._kat_mlp import GRKAN, GRKANMlp
 from neuropil.layers._kat_model import KAT, KATBlock, kat_base, kat_small, kat_tiny
@@ -202,10 +203,8 @@ def _warn_beyond(model: nn.Module, names: list[str], interval: tuple[float, floa
         return hook
 
     hooks = [model.get_submodule(name).register_forward_pre_hook(look(name)) for name in names]
-    modes = [(module, module.training) for module in model.modules()]
     try:
-        with torch.no_grad():
-            model.eval()
+        with torch.no_grad(), evaluating(model):
             if isinstance(inputs, Mapping):
                 model(**inputs)
             else:
@@ -213,8 +212,6 @@ def _warn_beyond(model: nn.Module, names: list[str], interval: tuple[float, floa
     finally:
         for hook in hooks:
             hook.remove()
-        for module, training in modes:
-            module.training = training
     for name, shares in beyond.items():
         share = sum(shares) / max(len(shares), 1)
         if share > BEYOND:

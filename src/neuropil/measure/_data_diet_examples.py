@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -14,6 +13,7 @@ from torch.func import functional_call
 from torch.utils.data import DataLoader, Dataset, default_collate
 
 from neuropil.errors import ModelError
+from neuropil.evaluate import evaluating
 
 Inputs = Tensor | Mapping[str, Tensor]
 Labels = Int[Tensor, " n"] | Float[Tensor, "n classes"]
@@ -136,18 +136,6 @@ def networks(models: nn.Module | Sequence[nn.Module]) -> list[nn.Module]:
     if not found:
         raise ValueError("no model was given; expected one or more")
     return found
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode, and afterwards every submodule in the mode it was in."""
-    modes = [(module, module.training) for module in model.modules()]
-    try:
-        model.eval()
-        yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
 
 
 def device_of(model: nn.Module) -> torch.device:

@@ -11,12 +11,12 @@ from torch import Tensor, nn
 from torch.func import grad, jacrev, vmap
 
 from neuropil.errors import ModelError
+from neuropil.evaluate import evaluating
 from neuropil.measure._data_diet_examples import (
     Examples,
     Function,
     Inputs,
     device_of,
-    evaluating,
     logits_of,
     moved,
 )

@@ -71,6 +71,7 @@ from jaxtyping import Float64
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from neuropil.evaluate import evaluating
 from neuropil.measure._data_diet_examples import (
     Data,
     Examples,
@@ -79,7 +80,6 @@ from neuropil.measure._data_diet_examples import (
     Labels,
     check,
     check_classes,
-    evaluating,
     logits_of,
     networks,
 )

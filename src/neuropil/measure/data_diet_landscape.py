@@ -30,7 +30,8 @@ import torch
 from jaxtyping import Float, Float64
 from torch import Tensor, nn
 
-from neuropil.measure._data_diet_examples import Data, Examples, Inputs, check_classes, evaluating, logits_of
+from neuropil.evaluate import evaluating
+from neuropil.measure._data_diet_examples import Data, Examples, Inputs, check_classes, logits_of
 from neuropil.measure._data_diet_gradients import logit_kernel
 
 __all__ = ["barrier", "kernel", "kernel_velocity", "path_errors"]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -174,3 +174,12 @@ def scale_outputs(module: nn.Module, factor: Tensor) -> None:
     weight.mul_(factor.reshape(-1, *[1] * (weight.ndim - 1)))
     if isinstance(bias, Tensor):
         bias.mul_(factor)
+
+
+def read_by_relu(model: nn.Module, names: Iterable[str]) -> set[str]:
+    """The layers whose answer a ReLU alone reads, as far as torch.fx can tell: they are judged after it."""
+    try:
+        graph = traced(model)
+    except QuantizationError:
+        return set()
+    return {name for name in names if activation_of(model, graph, name)}

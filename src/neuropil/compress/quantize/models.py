@@ -14,6 +14,8 @@ from torch.nn.utils import parametrize
 from neuropil.changes import Changes
 from neuropil.compress.quantize.quantizer import FakeQuantizer, Quantizer
 from neuropil.compress.quantize.tiles import LAYERS, QuantizationError, check_finite
+from neuropil.compress.reconstruction import run
+from neuropil.evaluate import evaluating
 from neuropil.packed import Packing, is_packed, pack, packed
 
 _GROUPS = {"scheme": "affine", "granularity": ("group", 32), "observer": "mse", "scale_dtype": "float16"}
@@ -263,22 +265,11 @@ def calibrate(model: nn.Module, data: Iterable[Any]) -> int:
 
 def run_batches(model: nn.Module, data: Iterable[Any]) -> int:
     """Run batches through the model, in eval mode and without gradients; how many. QuantizationError where none is."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
     count = 0
-    try:
-        with torch.no_grad():
-            for batch in data:
-                if isinstance(batch, Mapping):
-                    model(**batch)
-                elif isinstance(batch, Tensor):
-                    model(batch)
-                else:
-                    model(*batch)
-                count += 1
-    finally:
-        for module, training in modes:
-            module.training = training
+    with evaluating(model), torch.no_grad():
+        for batch in data:
+            run(model, batch)
+            count += 1
     if not count:
         raise QuantizationError("the calibration is empty: give at least one batch")
     return count

@@ -35,12 +35,12 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from neuropil.changes import Changes
-from neuropil.compress.quantize.graph import activation_of, traced
+from neuropil.compress.quantize.graph import read_by_relu
 from neuropil.compress.quantize.grids import Uniform
 from neuropil.compress.quantize.models import Weights, bake, layers, quantizer_for, weight_of
 from neuropil.compress.quantize.quantizer import FakeQuantizer, Quantizer, packing_of, straight_through
 from neuropil.compress.quantize.tiles import QuantizationError, Tiling, from_tiles, to_tiles, working
-from neuropil.compress.reconstruction import Call, Seen, first, mean_error, minimise, output_error, walk
+from neuropil.compress.reconstruction import Call, Seen, first, mean_error, minimise, output_error, reached, walk
 from neuropil.compress.reconstruction import run as run_batch
 from neuropil.evaluate import evaluating
 from neuropil.packed import Packing
@@ -170,8 +170,8 @@ def learn_rounding(
     work = copy.deepcopy(model)
     todo, left = _layers(work, weights, skip)
     units = _units(todo, blocks or ())
-    relus = _relus(model, [name for name in units if name in todo])
-    ran = _ran(model, list(units), batches)
+    relus = read_by_relu(model, [name for name in units if name in todo])
+    ran = reached(model, list(units), batches)
     for name in [name for name in units if name not in ran]:
         for layer in units.pop(name):
             left[layer] = "it did not run on the first batch"
@@ -225,31 +225,6 @@ def _units(todo: dict[str, Any], blocks: Sequence[str]) -> dict[str, list[str]]:
     if empty := [block for block, inside in units.items() if not inside]:
         raise QuantizationError(f"block {empty[0]!r} holds no layer to be rounded; see model.named_modules()")
     return units
-
-
-def _ran(model: nn.Module, names: Sequence[str], batches: Sequence[Any]) -> set[str]:
-    """The names of the modules that run on the first batch."""
-    ran: set[str] = set()
-    handles = [
-        model.get_submodule(name).register_forward_pre_hook(lambda *_, name=name: ran.add(name)) for name in names
-    ]
-    try:
-        with evaluating(model), torch.no_grad():
-            for x in batches[:1]:
-                run_batch(model, x)
-    finally:
-        for handle in handles:
-            handle.remove()
-    return ran if batches else set(names)
-
-
-def _relus(model: nn.Module, names: Sequence[str]) -> set[str]:
-    """The layers whose answer a ReLU alone reads, as far as torch.fx can tell."""
-    try:
-        graph = traced(model)
-    except QuantizationError:
-        return set()
-    return {name for name in names if activation_of(model, graph, name)}
 
 
 def _after_relu(made: Tensor, wanted: Tensor) -> Tensor:
