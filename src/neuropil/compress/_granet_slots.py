@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from jaxtyping import Bool
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
+from torch.nn.utils import prune as torch_prune
 
 from neuropil.errors import ModelError
 
@@ -80,3 +81,35 @@ def state_of(optimizer: torch.optim.Optimizer, weight: Tensor) -> list[Tensor]:
     """What the optimizer remembers of a weight entry by entry: its momentum, its moments."""
     state = optimizer.state.get(weight, {})
     return [value for value in state.values() if isinstance(value, Tensor) and value.shape == weight.shape]
+
+
+@torch.no_grad()
+def zero_masked(slots: Sequence[Slot], optimizer: torch.optim.Optimizer) -> None:
+    """Zero what is masked: weights, and what the optimizer remembers of them."""
+    for slot in slots:
+        for tensor in (slot.weight, *state_of(optimizer, slot.weight)):
+            tensor.mul_(slot.mask)
+
+
+def check_same(slots: Sequence[Slot], masks: Mapping[str, Tensor]) -> None:
+    """Raises ValueError where the masks of a state are not of these weights."""
+    mine = {slot.name: tuple(slot.mask.shape) for slot in slots}
+    given = {name: tuple(mask.shape) for name, mask in masks.items()}
+    if mine != given:
+        odd = sorted({name for name in mine | given if mine.get(name) != given.get(name)})
+        raise ValueError(f"the state is of a schedule over other weights: {', '.join(odd)} differ; use the same model")
+
+
+def take_off(slots: Sequence[Slot]) -> dict[str, Bool[Tensor, "*_"]]:
+    """Take the masks off the model; the zeros stay. Gives the masks."""
+    masks = {slot.name: slot.mask for slot in slots}  # says so where one is gone already
+    for slot in slots:
+        delattr(slot.module, MASK)
+    return masks
+
+
+def hand_over(slots: Sequence[Slot]) -> None:
+    """Hand the masks over to `torch.nn.utils.prune` (`weight_orig` and `weight_mask`)."""
+    masks = take_off(slots)
+    for slot in slots:
+        torch_prune.custom_from_mask(slot.module, "weight", masks[slot.name])

@@ -58,7 +58,6 @@ from typing import Any
 import torch
 from jaxtyping import Bool
 from torch import Tensor, nn
-from torch.nn.utils import prune as torch_prune
 
 from neuropil.compress._activating_base import (
     Base,
@@ -69,7 +68,16 @@ from neuropil.compress._activating_base import (
     without_still_negatives,
 )
 from neuropil.compress._granet_masks import kept_count
-from neuropil.compress._granet_slots import KINDS, MASK, Filter, find_slots, state_of
+from neuropil.compress._granet_slots import (
+    KINDS,
+    MASK,
+    Filter,
+    check_same,
+    find_slots,
+    hand_over,
+    take_off,
+    zero_masked,
+)
 from neuropil.compress.granet import GraNet
 from neuropil.errors import ModelError, NoNeurons
 from neuropil.neurons import find_sites
@@ -275,11 +283,7 @@ class ActivateWhilePruning:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from `state_dict` of a schedule over the same weights. Raises ValueError for one over others."""
-        mine = {name: tuple(mask.shape) for name, mask in self.masks.items()}
-        given = {name: tuple(mask.shape) for name, mask in state["masks"].items()}
-        if mine != given:
-            odd = sorted({name for name in mine | given if mine.get(name) != given.get(name)})
-            raise ValueError(f"the state is of a schedule over other weights: {', '.join(odd)} differ")
+        check_same(self._slots, state["masks"])
         self.t, self._owed = state["t"], state["owed"]
         self.history = [(base, woken) for base, woken in state["history"]]
         self._starts = [state["starts"][slot.name].to(slot.weight) for slot in self._slots]
@@ -291,16 +295,11 @@ class ActivateWhilePruning:
 
     def remove(self) -> None:
         """Take the masks off the model; the zeros stay. The schedule is over."""
-        for slot in self._slots:
-            _ = slot.mask  # says so where it is gone already
-            delattr(slot.module, MASK)
+        take_off(self._slots)
 
     def to_torch_prune(self) -> None:
         """Hand the masks over to `torch.nn.utils.prune` (`weight_orig` and `weight_mask`). The schedule is over."""
-        masks = self.masks
-        self.remove()
-        for slot in self._slots:
-            torch_prune.custom_from_mask(slot.module, "weight", masks[slot.name])
+        hand_over(self._slots)
 
     # --- inside ------------------------------------------------------------------------------------
 
@@ -315,12 +314,8 @@ class ActivateWhilePruning:
         for slot, mask in zip(self._slots, masks, strict=True):
             slot.mask.copy_(mask)
 
-    @torch.no_grad()
     def _apply(self) -> None:
-        """Zero what is masked: weights, and what the optimizer remembers of them."""
-        for slot in self._slots:
-            for tensor in (slot.weight, *state_of(self.optimizer, slot.weight)):
-                tensor.mul_(slot.mask)
+        zero_masked(self._slots, self.optimizer)
 
 
 def _rectified(model: nn.Module) -> bool:

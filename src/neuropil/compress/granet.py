@@ -57,10 +57,20 @@ from typing import Any
 import torch
 from jaxtyping import Bool
 from torch import Tensor, nn
-from torch.nn.utils import prune as torch_prune
 
 from neuropil.compress._granet_masks import erk, kept_count, prune, random_mask, regenerate, split_count
-from neuropil.compress._granet_slots import KINDS, MASK, Filter, Slot, find_slots, state_of
+from neuropil.compress._granet_slots import (
+    KINDS,
+    MASK,
+    Filter,
+    Slot,
+    check_same,
+    find_slots,
+    hand_over,
+    state_of,
+    take_off,
+    zero_masked,
+)
 from neuropil.errors import ModelError
 
 CLASSIFIER_DENSITY, CLASSIFIER_FROM = 0.2, 0.8  # uniform pruning: the classifier's density from this sparsity on
@@ -230,13 +240,7 @@ class GraNet:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from `state_dict` of a schedule over the same weights. Raises ValueError for one over others."""
-        mine = {name: tuple(mask.shape) for name, mask in self.masks.items()}
-        given = {name: tuple(mask.shape) for name, mask in state["masks"].items()}
-        if mine != given:
-            odd = sorted({name for name in mine | given if mine.get(name) != given.get(name)})
-            raise ValueError(
-                f"the state is of a schedule over other weights: {', '.join(odd)} differ; use the same model"
-            )
+        check_same(self._slots, state["masks"])
         self.t = state["t"]
         self._generator.set_state(state["generator"].cpu())
         for name, mask in self.masks.items():
@@ -245,16 +249,11 @@ class GraNet:
 
     def remove(self) -> None:
         """Take the masks off the model; the zeros stay. The schedule is over."""
-        for slot in self._slots:
-            _ = slot.mask  # says so where it is gone already
-            delattr(slot.module, MASK)
+        take_off(self._slots)
 
     def to_torch_prune(self) -> None:
         """Hand the masks over to `torch.nn.utils.prune` (`weight_orig` and `weight_mask`). The schedule is over."""
-        masks = self.masks
-        self.remove()
-        for slot in self._slots:
-            torch_prune.custom_from_mask(slot.module, "weight", masks[slot.name])
+        hand_over(self._slots)
 
     # --- inside ------------------------------------------------------------------------------------
 
@@ -299,15 +298,8 @@ class GraNet:
             counts = split_count(kept_count(self.initial_density, sum(self._sizes)), shares)
         return [random_mask(shape, n, self._generator) for shape, n in zip(shapes, counts, strict=True)]
 
-    @torch.no_grad()
     def _apply(self) -> None:
-        for slot in self._slots:
-            for tensor in self._tensors(slot):
-                tensor.mul_(slot.mask)
-
-    def _tensors(self, slot: Slot) -> list[Tensor]:
-        """A weight and all that the optimizer remembers of it, entry by entry."""
-        return [slot.weight, *state_of(self.optimizer, slot.weight)]
+        zero_masked(self._slots, self.optimizer)
 
     @torch.no_grad()
     def _prune(self, density: float) -> None:
@@ -331,7 +323,7 @@ class GraNet:
         kept, grown = regenerate(slot.weight, slot.mask, self._score(slot), rate)
         slot.mask.copy_(kept | grown)
         if self.returning == "reset":
-            for tensor in self._tensors(slot):
+            for tensor in (slot.weight, *state_of(self.optimizer, slot.weight)):
                 tensor.mul_(~grown)
 
     def _score(self, slot: Slot) -> Tensor:
