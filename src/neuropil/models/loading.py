@@ -121,14 +121,20 @@ def _dequantised(model: Model, dtype: torch.dtype) -> nn.Module:
     return cls.from_pretrained(folder, dtype=dtype, local_files_only=True).eval()
 
 
-def _filled(model: Model) -> Any:
-    """A module built from the config, every parameter read from the store."""
+def _unfilled(model: Model) -> Any:
+    """A module built from the config, its parameters not yet set and its ties made."""
     from transformers.initialization import no_init_weights
 
     cls: Any = type(model.skeleton)
     with no_init_weights():
-        whole = cls._from_config(model.config)
+        whole = cls._from_config(copy.deepcopy(model.config))
     whole.tie_weights()
+    return whole
+
+
+def _filled(model: Model) -> Any:
+    """A module built from the config, every parameter read from the store."""
+    whole = _unfilled(model)
     with torch.no_grad():
         for name, parameter in whole.named_parameters():
             tensor = model.tensor(name)
@@ -157,47 +163,28 @@ def _folder(path: Path, name: str, tokenizer: Any) -> Model:
             "module to load()"
         )
     bare = skeleton.build(config, name)
-    if packed_files.is_packed_folder(path):
-        return _packed(path, name, tokenizer, bare, settings)
-    store = _weights(path, name)
-    recipes = skeleton.Recipes(store, bare)
+    store: Store
+    if packed_files.is_packed_folder(path):  # the weights stay packed in the whole model, and are read dense
+        store, reader, whole = packed_files.PackedStore(path / packed_files.FILE), None, _still_packed
+        packed_files.resize(bare, store.shapes)
+    else:
+        store = _weights(path, name)
+        reader, whole = skeleton.Recipes(store, bare), _from_folder
     return Model(
         name,
         bare,
         store,
-        recipes,
+        reader,
         path=path,
         identity=_identity(settings),
         tokenizer=lambda: tokenizer if tokenizer is not None else _folder_tokenizer(path),
-        whole=_from_folder,
-    )
-
-
-def _packed(path: Path, name: str, tokenizer: Any, bare: nn.Module, settings: dict[str, Any]) -> Model:
-    """A folder that `save_packed` wrote: its weights stay packed in the whole model, and are read dense."""
-    store = packed_files.PackedStore(path / packed_files.FILE)
-    packed_files.resize(bare, store.shapes)
-    return Model(
-        name,
-        bare,
-        store,
-        None,
-        path=path,
-        identity=_identity(settings),
-        tokenizer=lambda: tokenizer if tokenizer is not None else _folder_tokenizer(path),
-        whole=_still_packed,
+        whole=whole,
     )
 
 
 def _still_packed(model: Model, dtype: torch.dtype) -> nn.Module:
-    from transformers.initialization import no_init_weights
-
     assert model.path is not None
-    cls: Any = type(model.skeleton)
-    with no_init_weights():
-        whole = cls._from_config(copy.deepcopy(model.config))
-    whole.tie_weights()
-    return packed_files.load_packed(model.path, whole).to(dtype)
+    return packed_files.load_packed(model.path, _unfilled(model)).to(dtype)
 
 
 def _config(path: Path) -> tuple[Any, dict[str, Any]]:
