@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from neuropil.compare.run import Line, Outcome, lines
-from neuropil.compare.subjects import SCALES
+from neuropil.compare.subjects import SCALES, TRAINED
 from neuropil.errors import NeuropilError
 from neuropil.report import write_atomically
 
@@ -44,7 +44,7 @@ def markdown(found: Sequence[Line], scale: str) -> str:
         "there are such, and are made dense once where there are not. **Memory** is the peak of a process that loads "
         "the model and generates 16 tokens, beyond what importing takes. A star marks what no other method beats in "
         "both quality and bytes. *Italics* are peers: libraries that many people use.\n\n"
-        f"Image models were trained here on {20_000:,} images for {size.epochs} epochs; methods marked *trained* were "
+        f"Image models were trained here on {TRAINED:,} images for {size.epochs} epochs; methods marked *trained* were "
         f"given {size.finetune} more steps with AdamW. SmolLM2's packaged weights are already rounded to 4 bits in "
         "blocks of 32 (Q4_1), which favours every method of 4 bits and more in such blocks: judge on it at 2 and 3 "
         "bits, or without groups.\n\n![quality against bytes and against speed](results/compare-compress.png)\n",

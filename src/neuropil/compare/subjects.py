@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -18,6 +18,7 @@ from neuropil.models.assets import cache_dir, written_whole
 from neuropil.training import fit
 
 TRAINED, CALIBRATION, WINDOW = 20_000, 512, 256  # images; images; tokens
+RATE = 3e-4  # of all training of small models
 
 
 @dataclass(frozen=True)
@@ -65,6 +66,10 @@ class Subject:
             return evaluate.generation_rate(model, self.test[0][:, :32])
         return evaluate.image_rate(model, self.test[0][:256])
 
+    def optimizer(self, parameters: Iterable[Any], decay: float = 0.01) -> torch.optim.Optimizer:
+        """AdamW at the rate that every method is trained with; `parameters` may be groups with rates of their own."""
+        return torch.optim.AdamW(parameters, RATE, weight_decay=decay)
+
     def finetune(
         self,
         model: nn.Module,
@@ -73,14 +78,14 @@ class Subject:
         callbacks: Sequence[Any] = (),
         extra: Callable[[], Tensor] | None = None,
     ) -> nn.Module:
-        """Train in place, AdamW with a cosine to zero, as long as every other method that trains.
+        """Train in place, `self.optimizer` with a cosine to zero, as long as every other method that trains.
 
         `extra` is added to the loss; `optimizer` is given where a schedule has to know it.
         """
         assert self.train is not None
         steps = self.scale.finetune if steps is None else steps
         if optimizer is None:
-            optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], 3e-4, weight_decay=0.01)
+            optimizer = self.optimizer(p for p in model.parameters() if p.requires_grad)
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
 
         def whole(net: nn.Module, batch: Any) -> Tensor:

@@ -6,10 +6,9 @@ import copy
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import nn
 
-from neuropil.compare.subjects import Subject
+from neuropil.compare.subjects import RATE, Subject
 from neuropil.compress import (
     ActivateWhilePruning,
     GraNet,
@@ -33,7 +32,6 @@ from neuropil.compress.quantize import LSQ
 from neuropil.compress.recipes import STEPS
 
 Make = Callable[[Subject], nn.Module]
-RATE = 3e-4
 
 
 def held(prune: Callable[[nn.Module], nn.Module]) -> Make:
@@ -66,7 +64,7 @@ def granet(density: float) -> Make:
         model = copy.deepcopy(subject.model)
         steps = subject.scale.finetune
         every = max(1, steps // 20)
-        optimizer = torch.optim.AdamW(model.parameters(), RATE, weight_decay=0.01)
+        optimizer = subject.optimizer(model.parameters())
         schedule = GraNet(model, optimizer, density=(1.0, density), steps=(0, steps // 2, steps), every=every)
         subject.finetune(model, optimizer=optimizer, callbacks=[lambda run: schedule.step()])
         schedule.remove()
@@ -80,7 +78,7 @@ def activating(sparsity: float, cycles: int = 4) -> Make:
 
     def make(subject: Subject) -> nn.Module:
         model = copy.deepcopy(subject.model)
-        optimizer = torch.optim.AdamW(model.parameters(), RATE, weight_decay=0.01)
+        optimizer = subject.optimizer(model.parameters())
         rate = 1 - (1 - sparsity) ** (1 / cycles)
         every = max(1, subject.scale.finetune // (cycles + 1))
         pruning = ActivateWhilePruning(
@@ -104,8 +102,7 @@ def turbo_vbi(subject: Subject) -> nn.Module:
     )
     wide = [p for name, p in model.named_parameters() if name.endswith("log_variance")]
     rest = [p for name, p in model.named_parameters() if not name.endswith("log_variance")]
-    groups = [{"params": rest, "lr": RATE}, {"params": wide, "lr": 10 * RATE}]
-    optimizer = torch.optim.AdamW(groups, weight_decay=0.0)
+    optimizer = subject.optimizer([{"params": rest}, {"params": wide, "lr": 10 * RATE}], decay=0.0)
     subject.finetune(model, optimizer=optimizer, callbacks=[lambda run: vbi.step()], extra=vbi.kl)
     return pack_sparse(vbi.prune().model).model
 
