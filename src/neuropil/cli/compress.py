@@ -10,7 +10,7 @@ import typer
 
 from neuropil.cli import output
 from neuropil.cli.app import AsJson, command, interruptible
-from neuropil.cli.atlas import load_model
+from neuropil.cli.atlas import load_model, size
 from neuropil.cli.output import Column
 
 if TYPE_CHECKING:
@@ -63,6 +63,10 @@ def compress(
         raise typer.BadParameter(f"got {method!r}; there are {', '.join(recipes.RECIPES)}.", param_hint="--method")
     if out is not None and out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise typer.BadParameter(f"{out} exists and is not empty; choose another folder.", param_hint="--out")
+    if atlas is not None:
+        from neuropil.atlas import Atlas
+
+        Atlas.open(atlas).close()  # it must be there, which is asked before the work: here none is begun
     loaded = load_model(model)
     whole = loaded.module()
     wanted = recipes.RECIPES[method].data != "none"
@@ -122,8 +126,8 @@ def _example(loaded: Model) -> Any:
     import torch
 
     config = loaded.config
-    if size := getattr(config, "image_size", None):
-        high, wide = (size, size) if isinstance(size, int) else tuple(size)
+    if sides := getattr(config, "image_size", None):
+        high, wide = (sides, sides) if isinstance(sides, int) else tuple(sides)
         return torch.zeros(1, getattr(config, "num_channels", 3), high, wide)
     if getattr(config, "vocab_size", None):
         return {"input_ids": torch.arange(8)[None] % config.vocab_size, "use_cache": False}
@@ -153,7 +157,7 @@ def _facts(loaded: Model, changes: Changes, method: str) -> dict[str, Any]:
 
     seen: dict[int, Any] = {id(packing): packing for _, _, packing in packed_modules(changes.model)}
     weights = sum(packing.shape.numel() for packing in seen.values())
-    size = sum(nbytes(packing) for packing in seen.values())
+    kept = sum(nbytes(packing) for packing in seen.values())
     return {
         "model": loaded.name,
         "method": method,
@@ -162,8 +166,8 @@ def _facts(loaded: Model, changes: Changes, method: str) -> dict[str, Any]:
         "bytes": nbytes(changes.model),
         "bytes_float32": 4 * loaded.parameters,
         "packed_weights": weights,
-        "packed_bytes": size,
-        "bits_a_weight": 8 * size / weights if weights else None,
+        "packed_bytes": kept,
+        "bits_a_weight": 8 * kept / weights if weights else None,
     }
 
 
@@ -197,19 +201,18 @@ def _add_columns(
 ) -> list[str]:
     from neuropil.atlas import Atlas
     from neuropil.compress.columns import compression_columns, core_columns, importance_columns
+    from neuropil.compress.recipes import SPARSITY
     from neuropil.compress.structured import neuron_scores
 
-    size = settings["bits"] if settings["bits"] is not None else settings["sparsity"]
-    prefix = method if size is None else f"{method}{size}".replace("0.", "0")
+    given = settings["bits"] if settings["bits"] is not None else settings["sparsity"]
+    prefix = method if given is None else f"{method}{given}".replace("0.", "0")
+    share = SPARSITY if settings["sparsity"] is None else settings["sparsity"]
     if method == "core":
-        keep = 1 - (0.5 if settings["sparsity"] is None else settings["sparsity"])
-        columns: Any = core_columns(loaded.module(), calibration, keep, prefix)
+        columns: Any = core_columns(loaded.module(), calibration, 1 - share, prefix)
     elif method == "neurons":
-        share = 0.5 if settings["sparsity"] is None else settings["sparsity"]
         columns = importance_columns(neuron_scores(loaded.module(), calibration), share, prefix)
     else:
         columns = compression_columns(loaded, changes.model, prefix)
-    Atlas.open(path).close()  # it must be there: here none is begun
     with Atlas.create(path, loaded) as atlas:
         kept = {name: value for name, value in settings.items() if value}
         atlas.add(prefix, columns, settings=kept, method=f"compress.{method}", overwrite=True)
@@ -220,7 +223,7 @@ def _show(facts: dict[str, Any], changes: Changes, out: Path | None) -> None:
     ratio = facts["bytes"] / facts["bytes_float32"]
     lines = {
         "layers": f"{facts['changed']} changed{_left(changes)}",
-        "size": f"{_mega(facts['bytes'])} of {_mega(facts['bytes_float32'])} in float32 ({ratio:.3f})",
+        "size": f"{size(facts['bytes'])} of {size(facts['bytes_float32'])} in float32 ({ratio:.3f})",
     }
     if facts["bits_a_weight"] is not None:
         each = facts["bits_a_weight"]
@@ -248,7 +251,3 @@ def _left(changes: Changes) -> str:
         reasons[why].append(name or "the model")
     said = [f"{len(names)} left ({names[0]}{' …' if len(names) > 1 else ''}: {why})" for why, names in reasons.items()]
     return "".join(f"; {each}" for each in said)
-
-
-def _mega(size: int) -> str:
-    return f"{size / 1e6:.1f} MB"

@@ -31,6 +31,7 @@ from neuropil.compress.structured import prune_neurons
 from neuropil.packed import is_packed
 
 STEPS = 300  # of learning, a layer
+SPARSITY = 0.5  # where none is given
 
 
 @dataclass(frozen=True)
@@ -128,7 +129,7 @@ def joined(batches: Sequence[Any]) -> Any:
 
 
 def _sparsity(settings: Settings) -> float:
-    return 0.5 if settings.sparsity is None else settings.sparsity
+    return SPARSITY if settings.sparsity is None else settings.sparsity
 
 
 RECIPES: dict[str, Recipe] = {
