@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from neuropil.packed import Affine, Packing
+from neuropil.packings import Affine, Packing
 
 _laid_out: weakref.WeakKeyDictionary[Packing, tuple[Tensor, int, Tensor]] = weakref.WeakKeyDictionary()
 GROUPS = (256, 128, 64, 32)  # inputs a scale, as the int4 kernel knows them
