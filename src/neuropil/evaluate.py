@@ -50,10 +50,10 @@ def windows(
     Raises ValueError where no window comes out.
     """
     found: list[Tensor] = []
+    start = _beginning(tokenizer)
+    step = length - len(start)
     for text in texts:
         ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-        start = _beginning(tokenizer)
-        step = length - len(start)
         pieces = [start + ids[at : at + step] for at in range(0, len(ids), step)]
         found += [torch.tensor([piece]) for piece in pieces if len(piece) >= max(2, length // 4)]
         if limit is not None and len(found) >= limit:
