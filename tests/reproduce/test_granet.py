@@ -53,7 +53,7 @@ def test_one_seed_never_holds() -> None:
 
 
 def test_differences_are_paired_over_seeds() -> None:
-    mean, error = granet.difference([1.0, 12.0, 103.0], [0.0, 10.0, 100.0])
+    mean, error = granet.paired([1.0, 12.0, 103.0], [0.0, 10.0, 100.0])
     assert mean == 2
     assert error == pytest.approx(1 / math.sqrt(3))
 

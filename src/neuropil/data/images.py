@@ -7,6 +7,7 @@ import hashlib
 import struct
 import urllib.error
 import urllib.request
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -30,6 +31,13 @@ class Images:
     test_x: Float[Tensor, "m 1 h w"]
     test_y: Int[Tensor, " m"]
     classes: tuple[str, ...]
+
+
+def image_set(name: str) -> Images:
+    """Images by name: "digits" or "fashion-mnist". Raises ValueError for another, MissingAsset as they do."""
+    if name not in SETS:
+        raise ValueError(f"image_set({name!r}): expected one of {', '.join(SETS)}")
+    return SETS[name]()
 
 
 def digits() -> Images:
@@ -123,3 +131,6 @@ def _idx(content: bytes, name: str) -> np.ndarray:
         raise ModelError(f"{name}: IDX type {kind}, expected 8 (unsigned bytes)")
     sizes = struct.unpack(f">{axes}I", content[4 : 4 + 4 * axes])
     return np.frombuffer(content, dtype=np.uint8, offset=4 + 4 * axes).reshape(sizes).copy()
+
+
+SETS: dict[str, Callable[[], Images]] = {"digits": digits, "fashion-mnist": fashion_mnist}

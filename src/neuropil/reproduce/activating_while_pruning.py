@@ -18,11 +18,11 @@ from matplotlib.figure import Figure
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
+from neuropil import data
 from neuropil.compress._activating_base import without_lowest
 from neuropil.compress.activating import ActivateWhilePruning
 from neuropil.compress.dead_neurons import dead_neuron_rate
-from neuropil.data import digits, fashion_mnist
-from neuropil.report import Measurement, Report, Row, Scale, find
+from neuropil.report import Measurement, Report, Row, Scale, find, mean_and_error
 from neuropil.reproduce.harness import Meter, runner
 
 CLAIM = (
@@ -124,7 +124,7 @@ def kept(cycle: int) -> str:
 
 def splits(settings: dict[str, Any]) -> tuple[Split, Split]:
     """The first so many training images and all test images, as rows of pixels."""
-    images = digits() if settings["data"] == "digits" else fashion_mnist()
+    images = data.image_set(settings["data"])
     count = settings["images"]
     return (images.train_x[:count].flatten(1), images.train_y[:count]), (images.test_x.flatten(1), images.test_y)
 
@@ -210,14 +210,6 @@ def difference(
     """Of each seed: the metric with activation (or a control) less that without, mean over the base methods."""
     pairs = [zip(averaged(rows, base + extra, metric), averaged(rows, base, metric), strict=True) for base in bases]
     return [statistics.fmean(seed) for seed in zip(*([a - b for a, b in pair] for pair in pairs), strict=True)]
-
-
-def mean_and_error(values: Sequence[float]) -> tuple[float, float]:
-    """Mean and standard error: infinite for one value, NaN if any is."""
-    if not all(map(math.isfinite, values)):
-        return math.nan, math.nan
-    error = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else math.inf
-    return statistics.fmean(values), error
 
 
 def verdict(rows: Sequence[Row]) -> str:

@@ -9,11 +9,9 @@ signs against its sines is compared, layer by layer, with the closed form for La
 from __future__ import annotations
 
 import math
-import statistics
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import numpy as np
 import torch
 from jaxtyping import Float
 from matplotlib.figure import Figure
@@ -21,13 +19,13 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.nn.utils import parametrize
 
+from neuropil import data
 from neuropil.compress.biper import BiPer, SignInput, regularizer, set_stage
 from neuropil.compress.biper_error import laplace_error, quantization_error
 from neuropil.compress.quantize.models import round_inputs
 from neuropil.compress.quantize.sign_gradients import COOL, HOT, sign
-from neuropil.data import digits, fashion_mnist
 from neuropil.evaluate import accuracy
-from neuropil.report import Measurement, Report, Row, Scale, find
+from neuropil.report import Measurement, Report, Row, Scale, find, paired
 from neuropil.reproduce.figures import BASELINE, OURS
 from neuropil.reproduce.harness import Meter, runner
 
@@ -209,7 +207,7 @@ def train(
 
 
 def splits(settings: dict[str, Any]) -> tuple[Split, Split]:
-    images = digits() if settings["data"] == "digits" else fashion_mnist()
+    images = data.image_set(settings["data"])
     count = settings["images"]
     centre = 2 * images.train_x[:count].mean()
     return (
@@ -251,9 +249,7 @@ def gain(rows: Sequence[Row]) -> tuple[float, float]:
     """BiPer less the best network of plain signs: mean over seeds, and its standard error (infinite for one seed)."""
     best = max((find(rows, name, ACCURACY) for name in SIGNS), key=lambda row: row.mean)
     ours = find(rows, wave(CHOSEN), ACCURACY)
-    each = [a - b for a, b in zip(ours.values, best.values, strict=True)]
-    error = float(np.std(each, ddof=1)) / math.sqrt(len(each)) if len(each) > 1 else math.inf
-    return statistics.fmean(each), error
+    return paired(ours.values, best.values)
 
 
 def departures(rows: Sequence[Row]) -> dict[str, float]:

@@ -8,7 +8,6 @@ the bound, each token's own largest. The same with a small ReLU model, in which 
 from __future__ import annotations
 
 import copy
-import math
 import statistics
 import time
 from collections.abc import Iterator, Sequence
@@ -27,7 +26,7 @@ from neuropil.compress.coreinfer import CoreInfer, only
 from neuropil.data import text
 from neuropil.evaluate import surprise
 from neuropil.neurons import Site, capture, find_sites
-from neuropil.report import Measurement, Report, Row, Scale, find
+from neuropil.report import Measurement, Report, Row, Scale, find, paired
 from neuropil.reproduce._coreinfer_texts import documents, drawn, letter_model, letters
 from neuropil.reproduce.harness import Meter, runner
 
@@ -328,10 +327,7 @@ def _letter_model(settings: dict[str, Any], seed: int) -> list[Measurement]:
 def difference(rows: Sequence[Row], other: str) -> tuple[float, float]:
     """Rise of the own set less that of another at 0.4: mean over seeds, and standard error (infinite for one seed)."""
     ours, theirs = (find(rows, name, rise(0.4)).values for name in (OWN, other))
-    pairs = [a - b for a, b in zip(ours, theirs, strict=True)]
-    if not all(map(math.isfinite, pairs)):
-        return math.nan, math.nan
-    return statistics.fmean(pairs), statistics.stdev(pairs) / math.sqrt(len(pairs)) if len(pairs) > 1 else math.inf
+    return paired(ours, theirs)
 
 
 def verdict(rows: Sequence[Row]) -> str:

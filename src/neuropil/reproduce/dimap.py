@@ -18,11 +18,11 @@ from matplotlib.figure import Figure
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, interpolate, pad
 
+from neuropil import data
 from neuropil.compress.dimap import dimap_masks
 from neuropil.compress.masks import hold_masks
 from neuropil.compress.operations import count_operations
-from neuropil.data import digits, fashion_mnist
-from neuropil.report import Measurement, Report, Row, Scale, find
+from neuropil.report import Measurement, Report, Row, Scale, find, paired
 from neuropil.reproduce.harness import Meter, runner
 
 CLAIM = (
@@ -141,7 +141,7 @@ def _kept(name: str, masks: dict[str, Tensor]) -> list[Measurement]:
 
 def splits(settings: dict[str, Any]) -> tuple[Split, Split]:
     """The first so many training and test images, 32 x 32, of mean 0 and deviation 1."""
-    images = digits() if settings["data"] == "digits" else fashion_mnist()
+    images = data.image_set(settings["data"])
     count, tested = settings["images"], settings["tested"]
 
     def shaped(x: Tensor) -> Tensor:
@@ -239,11 +239,7 @@ def averaged(rows: Sequence[Row], name: str) -> list[float]:
 def advantage(rows: Sequence[Row]) -> tuple[str, float, float]:
     """The best baseline, by how much DIMAP exceeds it, the standard error: infinite for one seed, NaN if one failed."""
     best = max((UNIFORM, GLOBAL, LAMP), key=lambda name: statistics.fmean(averaged(rows, name)))
-    pairs = [a - b for a, b in zip(averaged(rows, OURS), averaged(rows, best), strict=True)]
-    if not all(map(math.isfinite, pairs)):
-        return best, math.nan, math.nan
-    error = statistics.stdev(pairs) / math.sqrt(len(pairs)) if len(pairs) > 1 else math.inf
-    return best, statistics.fmean(pairs), error
+    return best, *paired(averaged(rows, OURS), averaged(rows, best))
 
 
 def lost(rows: Sequence[Row], top: int) -> float:

@@ -19,10 +19,10 @@ from matplotlib.figure import Figure
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
+from neuropil import data
 from neuropil.compress.granet import GraNet
 from neuropil.compress.plasticity import pruning_plasticity
-from neuropil.data import digits, fashion_mnist
-from neuropil.report import Measurement, Report, Row, Scale, find
+from neuropil.report import Measurement, Report, Row, Scale, find, paired
 from neuropil.reproduce.harness import Meter, runner
 
 CLAIM = (
@@ -112,7 +112,7 @@ def _rows(name: str, value: float, cost: float) -> list[Measurement]:
 
 def splits(settings: dict[str, Any]) -> tuple[Split, Split]:
     """The first so many training images and all test images, as rows of pixels."""
-    images = digits() if settings["data"] == "digits" else fashion_mnist()
+    images = data.image_set(settings["data"])
     count = settings["images"]
     return (images.train_x[:count].flatten(1), images.train_y[:count]), (images.test_x.flatten(1), images.test_y)
 
@@ -231,15 +231,6 @@ def _plasticity(
 # --- verdict and figure --------------------------------------------------------------------------
 
 
-def difference(a: Sequence[float], b: Sequence[float]) -> tuple[float, float]:
-    """Mean of the paired differences over seeds, and its standard error (infinite for one seed; NaN if any failed)."""
-    pairs = [x - y for x, y in zip(a, b, strict=True)]
-    if not all(map(math.isfinite, pairs)):
-        return math.nan, math.nan
-    error = statistics.stdev(pairs) / math.sqrt(len(pairs)) if len(pairs) > 1 else math.inf
-    return statistics.fmean(pairs), error
-
-
 def recovered(rows: Sequence[Row], name: str) -> list[float]:
     """Plasticity of each seed, mean over the moments of pruning."""
     values = [row.values for row in rows if row.name == name and row.metric.startswith("plasticity")]
@@ -250,9 +241,9 @@ def differences(rows: Sequence[Row]) -> dict[str, tuple[float, float]]:
     """The three of the rule."""
     final = {name: find(rows, name, ACCURACY).values for name in (FROM_DENSE, GMP, FROM_HALF, RIGL)}
     return {
-        "GraNet from dense less GMP": difference(final[FROM_DENSE], final[GMP]),
-        "GraNet from half-dense less RigL": difference(final[FROM_HALF], final[RIGL]),
-        "with regeneration less without": difference(recovered(rows, REGROWN), recovered(rows, PLAIN)),
+        "GraNet from dense less GMP": paired(final[FROM_DENSE], final[GMP]),
+        "GraNet from half-dense less RigL": paired(final[FROM_HALF], final[RIGL]),
+        "with regeneration less without": paired(recovered(rows, REGROWN), recovered(rows, PLAIN)),
     }
 
 

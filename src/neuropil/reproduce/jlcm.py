@@ -19,12 +19,12 @@ from matplotlib.figure import Figure
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
+from neuropil import data
 from neuropil.compress import learn_codebooks, quantize_model
-from neuropil.data import digits, fashion_mnist
 from neuropil.evaluate import accuracy
 from neuropil.models import load
 from neuropil.packed import Lookup, packed_modules
-from neuropil.report import Measurement, Report, Row, Scale, find
+from neuropil.report import Measurement, Report, Row, Scale, find, paired
 from neuropil.reproduce.figures import BASELINE, OURS
 from neuropil.reproduce.harness import Meter, runner
 
@@ -124,12 +124,12 @@ def far_at(bits: int) -> str:
 
 def measure(scale: Scale, seed: int, progress: Meter) -> list[Measurement]:
     settings = SETTINGS[scale]
-    data = digits() if settings["data"] == "digits" else fashion_mnist()
+    images = data.image_set(settings["data"])
     count = settings["images"]
-    model = trained(data.train_x[:count], data.train_y[:count], settings["epochs"], seed)
+    model = trained(images.train_x[:count], images.train_y[:count], settings["epochs"], seed)
     progress(0.2, "compressing")
-    calibration = list(data.train_x[count : count + settings["calibration"]].split(128))
-    test, labels = data.test_x, data.test_y
+    calibration = list(images.train_x[count : count + settings["calibration"]].split(128))
+    test, labels = images.test_x, images.test_y
     rows = [Measurement(WHOLE, accuracy_at(BITS[0]), 100 * accuracy(model, test, labels), "%", True, True)]
     whole = answers(model, test)
     for bits in BITS:
@@ -248,22 +248,14 @@ def gains(rows: Sequence[Row]) -> dict[str, tuple[float, float]]:
 
     groups = [statistics.fmean(seed) for seed in zip(*(logs(name) for name in BOOKS.values()), strict=True)]
     return {
-        "groups over one codebook": _paired(logs(ONE), groups),
-        "both over codebooks alone": _paired(logs(ALONE), logs(INVERSE)),
-        "proximal over plain gradient": _paired(logs(PLAIN), logs(INVERSE)),
+        "groups over one codebook": paired(logs(ONE), groups),
+        "both over codebooks alone": paired(logs(ALONE), logs(INVERSE)),
+        "proximal over plain gradient": paired(logs(PLAIN), logs(INVERSE)),
     }
 
 
 def _log(value: float) -> float:
     return math.log(value) if value > 0 else math.nan
-
-
-def _paired(before: Sequence[float], after: Sequence[float]) -> tuple[float, float]:
-    pairs = [a - b for a, b in zip(before, after, strict=True)]
-    if not all(map(math.isfinite, pairs)):
-        return math.nan, math.nan
-    error = statistics.stdev(pairs) / math.sqrt(len(pairs)) if len(pairs) > 1 else math.inf
-    return statistics.fmean(pairs), error
 
 
 def verdict(rows: Sequence[Row]) -> str:

@@ -20,18 +20,17 @@ from matplotlib.figure import Figure
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from neuropil import evaluate
+from neuropil import data, evaluate
 from neuropil.compress._nupes_power import largest
 from neuropil.compress._nupes_search import Spread
 from neuropil.compress.nupes import nupes_quantize
 from neuropil.compress.quantize import quantize_model
 from neuropil.compress.quantize.models import calibrate, round_inputs
 from neuropil.compress.quantize.rounding import learn_rounding
-from neuropil.data import digits, fashion_mnist
 from neuropil.data.texts import text
 from neuropil.models import load
 from neuropil.packed import unpack
-from neuropil.report import Measurement, Report, Row, Scale, find
+from neuropil.report import Measurement, Report, Row, Scale, find, paired
 from neuropil.reproduce.harness import Meter, runner
 
 CLAIM = (
@@ -205,9 +204,9 @@ def curve(weights: tuple[Tensor, ...]) -> list[Measurement]:
 
 def splits(settings: dict[str, Any]) -> tuple[Split, Split]:
     """The first so many training images and all test images."""
-    data = digits() if settings["data"] == "digits" else fashion_mnist()
+    images = data.image_set(settings["data"])
     count = settings["images"]
-    return (data.train_x[:count], data.train_y[:count]), (data.test_x, data.test_y)
+    return (images.train_x[:count], images.train_y[:count]), (images.test_x, images.test_y)
 
 
 def network(side: int) -> nn.Sequential:
@@ -286,24 +285,15 @@ def accuracy(model: nn.Module, data: Split) -> float:
 # --- verdict and figure --------------------------------------------------------------------------
 
 
-def difference(a: Sequence[float], b: Sequence[float]) -> tuple[float, float]:
-    """Mean of the paired differences over seeds, and its standard error (infinite for one seed; NaN if any failed)."""
-    pairs = [x - y for x, y in zip(a, b, strict=True)]
-    if not all(map(math.isfinite, pairs)):
-        return math.nan, math.nan
-    error = statistics.stdev(pairs) / math.sqrt(len(pairs)) if len(pairs) > 1 else math.inf
-    return statistics.fmean(pairs), error
-
-
 def differences(rows: Sequence[Row]) -> list[tuple[float, float]]:
     """The four of the rule."""
     found = []
     for per in PER:
         uniform = min((find(rows, name, surprise(4, per)) for name in (UNIFORM, CLIPPED)), key=lambda row: row.mean)
-        found.append(difference(uniform.values, find(rows, GLOBAL, surprise(4, per)).values))
+        found.append(paired(uniform.values, find(rows, GLOBAL, surprise(4, per)).values))
     for bits in (3, 2):
         ours, theirs = (find(rows, name, accurate(bits, None)).values for name in (BOTH, ADAROUND))
-        found.append(difference(ours, theirs))
+        found.append(paired(ours, theirs))
     return found
 
 

@@ -11,25 +11,23 @@ from __future__ import annotations
 
 import itertools
 import math
-import statistics
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import numpy as np
 import torch
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.nn.utils import parametrize
 
+from neuropil import data
 from neuropil.compress.ofq import StatsQuantizer, distillation_loss
 from neuropil.compress.ofq_models import CGA, latents, ofq_quantize
 from neuropil.compress.oscillation import IterativeFreezing, OscillationTracker
 from neuropil.compress.quantize import LSQ
 from neuropil.compress.quantize.quantizer import FakeQuantizer
-from neuropil.data import digits, fashion_mnist
 from neuropil.evaluate import accuracy
-from neuropil.report import Measurement, Report, Row, Scale, find
+from neuropil.report import Measurement, Report, Row, Scale, find, paired
 from neuropil.reproduce.figures import BASELINE, OURS
 from neuropil.reproduce.harness import Meter, runner
 
@@ -234,7 +232,7 @@ def trained(
 
 
 def splits(settings: dict[str, Any]) -> tuple[Split, Split]:
-    images = digits() if settings["data"] == "digits" else fashion_mnist()
+    images = data.image_set(settings["data"])
     count = settings["images"]
     return (2 * images.train_x[:count] - 1, images.train_y[:count]), (2 * images.test_x - 1, images.test_y)
 
@@ -295,12 +293,6 @@ def measure(scale: Scale, seed: int, progress: Meter) -> list[Measurement]:
 
 
 # --------------------------------------------------------------------------------------------------- verdict
-
-
-def paired(a: Sequence[float], b: Sequence[float]) -> tuple[float, float]:
-    """The mean of a - b over seeds, and its standard error (infinite for one seed)."""
-    each = [x - y for x, y in zip(a, b, strict=True)]
-    return statistics.fmean(each), float(np.std(each, ddof=1)) / math.sqrt(len(each)) if len(each) > 1 else math.inf
 
 
 def verdict(rows: Sequence[Row]) -> str:

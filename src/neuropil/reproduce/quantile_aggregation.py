@@ -8,7 +8,6 @@ x = 0, where local weights must win by construction.
 
 from __future__ import annotations
 
-import math
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -35,7 +34,7 @@ from neuropil.measure import (
     wis,
 )
 from neuropil.measure._quantile_members import Members
-from neuropil.report import Measurement, Report, Row, Scale, find
+from neuropil.report import Measurement, Report, Row, Scale, find, paired
 from neuropil.reproduce._quantile_tables import TABLES, table
 from neuropil.reproduce.harness import Meter, runner
 
@@ -303,15 +302,6 @@ def _wis(y: np.ndarray, q: np.ndarray, levels: np.ndarray) -> float:
 # --- verdict and figure --------------------------------------------------------------------------
 
 
-def difference(a: Sequence[float], b: Sequence[float]) -> tuple[float, float]:
-    """Mean of the paired differences over seeds, and its standard error (infinite for one seed; NaN if any failed)."""
-    pairs = [x - y for x, y in zip(a, b, strict=True)]
-    if not all(map(math.isfinite, pairs)):
-        return math.nan, math.nan
-    error = statistics.stdev(pairs) / math.sqrt(len(pairs)) if len(pairs) > 1 else math.inf
-    return statistics.fmean(pairs), error
-
-
 def verdict(rows: Sequence[Row]) -> str:
     """The rule above, as code; a pure function of the rows."""
 
@@ -319,7 +309,7 @@ def verdict(rows: Sequence[Row]) -> str:
         return find(rows, name, SIMULATED).mean
 
     ours = find(rows, DQA, REAL).values
-    gains = [difference(find(rows, rival, REAL).values, ours) for rival in RIVALS]
+    gains = [paired(find(rows, rival, REAL).values, ours) for rival in RIVALS]
     safe = all(find(rows, name, RAISED).mean == 0 for name in NEVER)
     if not (gains[0][0] > 0 and safe and min(map(simulated, WEIGHTINGS)) < simulated(AVERAGE)):
         return "does not hold"

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import copy
 import math
-import statistics
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -20,6 +19,7 @@ from matplotlib.figure import Figure
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
+from neuropil import data
 from neuropil.compress.quantize import (
     LSQ,
     Quantizer,
@@ -44,10 +44,9 @@ from neuropil.compress.quantize import (
     size_costs,
 )
 from neuropil.compress.quantize.graph import inputs, outputs, pairs, scale_inputs, scale_outputs
-from neuropil.data import digits, fashion_mnist, text
 from neuropil.evaluate import accuracy, perplexity, windows
 from neuropil.packed import nbytes
-from neuropil.report import Measurement, Report, Row, Scale, find
+from neuropil.report import Measurement, Report, Row, Scale, find, paired
 from neuropil.reproduce.harness import Meter, runner
 from neuropil.training import fit, supervised
 
@@ -152,7 +151,7 @@ def network(side: int = 28) -> nn.Sequential:
 
 
 def splits(settings: dict[str, Any]) -> tuple[Split, Split]:
-    images = digits() if settings["data"] == "digits" else fashion_mnist()
+    images = data.image_set(settings["data"])
     count, tests = settings["images"], settings["test"]
     return (images.train_x[:count], images.train_y[:count]), (images.test_x[:tests], images.test_y[:tests])
 
@@ -263,8 +262,8 @@ class Bench:
         made = distil_data(self.raw, shape, 128, steps=steps, input_statistics=like, limits=(0.0, 1.0), seed=self.seed)
         noise = torch.rand(made.shape, generator=torch.Generator().manual_seed(self.seed))
         four: dict[str, Any] = {"bits": 4, "scheme": "affine", "observer": "mse"}
-        for name, data in {"real data": self.calibration[0], "made-up data": made, "noise": noise}.items():
-            self.add(f"calibrated on {name}", partial(self.activations, four, [data]))
+        for name, batch in {"real data": self.calibration[0], "made-up data": made, "noise": noise}.items():
+            self.add(f"calibrated on {name}", partial(self.activations, four, [batch]))
 
     def uneven(self) -> None:
         """Channels scaled so that the function stays the same and the ranges become uneven."""
@@ -344,7 +343,7 @@ def language(count: int, seed: int, progress: Meter) -> list[Measurement]:
 
     loaded = load("smollm2")
     model = loaded.module()
-    documents = text("brown").test
+    documents = data.text("brown").test
     order = torch.randperm(len(documents), generator=torch.Generator().manual_seed(seed))[:count]
     tests = [windows([documents[int(k)]], loaded.tokenizer, 256, 1)[0] for k in order]
     rows = [Measurement("as packaged", PERPLEXITY, perplexity(model, tests).value, "", False, True)]
@@ -363,12 +362,7 @@ def language(count: int, seed: int, progress: Meter) -> list[Measurement]:
 
 def difference(rows: Sequence[Row], better: str, worse: str) -> tuple[float, float]:
     """Mean of the paired differences of accuracy, and its standard error (infinite for one seed; NaN: a run failed)."""
-    both = zip(find(rows, better, ACCURACY).values, find(rows, worse, ACCURACY).values, strict=True)
-    found = [a - b for a, b in both]
-    if not all(map(math.isfinite, found)):
-        return math.nan, math.nan
-    error = statistics.stdev(found) / math.sqrt(len(found)) if len(found) > 1 else math.inf
-    return statistics.fmean(found), error
+    return paired(find(rows, better, ACCURACY).values, find(rows, worse, ACCURACY).values)
 
 
 def confirmed(rows: Sequence[Row]) -> dict[str, bool]:

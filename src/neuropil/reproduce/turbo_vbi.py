@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import copy
 import math
-import statistics
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -21,13 +20,13 @@ from matplotlib.lines import Line2D
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
+from neuropil import data
 from neuropil.compress.regularity import regularity
 from neuropil.compress.sparse import prune_magnitude
 from neuropil.compress.support import BernoulliPrior, HMMPrior, Prior
 from neuropil.compress.turbo_vbi import TurboVBI
 from neuropil.compress.variational_dropout import VariationalDropout
-from neuropil.data import digits, fashion_mnist
-from neuropil.report import Measurement, Report, Row, Scale, find
+from neuropil.report import Measurement, Report, Row, Scale, find, paired
 from neuropil.reproduce import _turbo_vbi_regression as regression
 from neuropil.reproduce.figures import BASELINE, OURS
 from neuropil.reproduce.harness import Meter, runner
@@ -168,7 +167,7 @@ def _regressions(count: int, seed: int) -> list[Measurement]:
 
 def splits(settings: dict[str, Any]) -> tuple[Split, Split]:
     """The first so many training images and all test images, as rows of pixels."""
-    images = digits() if settings["data"] == "digits" else fashion_mnist()
+    images = data.image_set(settings["data"])
     count = settings["images"]
     return (images.train_x[:count].flatten(1), images.train_y[:count]), (images.test_x.flatten(1), images.test_y)
 
@@ -245,13 +244,7 @@ def accuracy(model: nn.Module, data: Split) -> float:
 
 def difference(rows: Sequence[Row], metric: str) -> tuple[float, float]:
     """Chains less independent: mean over seeds and its standard error (infinite for one seed; NaN if any failed)."""
-    pairs = [
-        a - b for a, b in zip(find(rows, CHAINS, metric).values, find(rows, INDEPENDENT, metric).values, strict=True)
-    ]
-    if not all(map(math.isfinite, pairs)):
-        return math.nan, math.nan
-    error = statistics.stdev(pairs) / math.sqrt(len(pairs)) if len(pairs) > 1 else math.inf
-    return statistics.fmean(pairs), error
+    return paired(find(rows, CHAINS, metric).values, find(rows, INDEPENDENT, metric).values)
 
 
 def verdict(rows: Sequence[Row]) -> str:

@@ -23,9 +23,9 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.nn.utils import parametrize
 
-from neuropil.data import digits, fashion_mnist
+from neuropil import data
 from neuropil.layers.compander import KINDS, compand, fold, parameter_groups, weight_report
-from neuropil.report import Measurement, Report, Row, Scale, find
+from neuropil.report import Measurement, Report, Row, Scale, find, paired
 from neuropil.reproduce.harness import Meter, runner
 
 CLAIM = (
@@ -252,7 +252,7 @@ def halved(model: nn.Module) -> nn.Module:
 
 def splits(settings: dict[str, Any]) -> tuple[Split, Split]:
     """The first so many training images and all test images."""
-    images, count = digits() if settings["data"] == "digits" else fashion_mnist(), settings["images"]
+    images, count = data.image_set(settings["data"]), settings["images"]
     return (images.train_x[:count], images.train_y[:count]), (images.test_x, images.test_y)
 
 
@@ -291,11 +291,8 @@ TITLES = {"perceptron": "Perceptron (dotted: plain)", "convolutional": "Convolut
 
 def difference(rows: Sequence[Row], kind: str, metric: str, other: str) -> tuple[float, float]:
     """Compander less `other`: mean over seeds and its standard error (infinite for one seed; NaN if any failed)."""
-    pairs = zip(*(find(rows, name, f"{kind}: {metric}").values for name in (FIXED, other)), strict=True)
-    gaps = [x - y for x, y in pairs]
-    if not all(map(math.isfinite, gaps)):
-        return math.nan, math.nan
-    return statistics.fmean(gaps), statistics.stdev(gaps) / math.sqrt(len(gaps)) if len(gaps) > 1 else math.inf
+    ours, theirs = (find(rows, name, f"{kind}: {metric}").values for name in (FIXED, other))
+    return paired(ours, theirs)
 
 
 def verdict(rows: Sequence[Row]) -> str:
