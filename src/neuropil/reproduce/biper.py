@@ -303,7 +303,7 @@ def figure(report: Report) -> Figure:
     right.set(
         xscale="log", xlabel="u = omega mean|w|", ylabel="least error of signs against sines", title="Trained layers"
     )
-    right.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(0, 0.9))
+    right.legend(frameon=False, fontsize=7, loc="lower right")
     for panel in (left, middle, right):
         panel.spines[["top", "right"]].set_visible(False)
     out.suptitle(f"biper on {report.settings['data']}: {report.verdict}", fontsize="medium")
