@@ -18,7 +18,7 @@ from neuropil.errors import NeuropilError
 
 
 def outcome(arm: str, quality: float, bytes_: int, seed: int = 0, subject: str = "resnet") -> Outcome:
-    return Outcome(subject, arm, seed, quality, bytes_, 1.5, None, 0.1)
+    return Outcome(subject, arm, seed, quality, bytes_, 1.5, None, 0.1, 1)
 
 
 def some() -> list[Outcome]:

@@ -9,11 +9,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from neuropil.compare import trained
 from neuropil.compare.subjects import Subject
+from neuropil.compress.coreinfer import CoreInfer
 from neuropil.compress.recipes import compress
+from neuropil.compress.sparse import prunable
+from neuropil.models.assets import smollm2
 from neuropil.packed import nbytes, packed_modules
 
 Make = Callable[[Subject], nn.Module]
@@ -35,6 +38,7 @@ class Arm:
     trained: bool = False
     calibrated: bool = False
     kernel: bool = False  # its packed weights are multiplied as they are, in bfloat16; else made dense once
+    stored: Callable[[], int] | None = None  # bytes of a file that others' programs run: its speed is not ours to tell
 
     def seeded(self, subject: str) -> bool:
         """Whether another seed gives another outcome."""
@@ -82,6 +86,60 @@ def _quanto(weights: str) -> Make:
     return make
 
 
+def _torch_prune(sparsity: float) -> Make:
+    """Each layer's smallest weights zero; torch keeps the zeros."""
+
+    def make(subject: Subject) -> nn.Module:
+        from torch.nn.utils import prune
+
+        model = copy.deepcopy(subject.model)
+        for layer in prunable(model)[0].values():
+            prune.l1_unstructured(layer, "weight", amount=sparsity)
+            prune.remove(layer, "weight")
+        return model
+
+    return make
+
+
+def _torch_pruning(ratio: float) -> Make:
+    """The library's own choice of channels, those of residual streams included; what is left is trained."""
+
+    def make(subject: Subject) -> nn.Module:
+        import torch_pruning as tp
+
+        model = copy.deepcopy(subject.model).train()
+        heads = [m for m in model.modules() if isinstance(m, nn.Linear)]
+        tp.pruner.BasePruner(
+            model, subject.example, tp.importance.GroupMagnitudeImportance(p=2), pruning_ratio=ratio,
+            ignored_layers=heads, output_transform=lambda out: out.logits,
+        ).step()  # fmt: skip
+        return subject.finetune(model)
+
+    return make
+
+
+class _Core(nn.Module):
+    """Answers with CoreInfer. A text that is scored in one pass is read as a prompt and its continuation."""
+
+    def __init__(self, model: nn.Module, keep: float) -> None:
+        super().__init__()
+        self.model = model
+        CoreInfer(model, keep).__enter__()  # for as long as this copy lives
+
+    def forward(self, ids: Tensor, use_cache: bool = False, past_key_values: Any = None) -> Any:
+        if use_cache:
+            return self.model(ids, use_cache=True, past_key_values=past_key_values)
+        prompt = self.model(ids[:, : ids.shape[1] // PROMPT], use_cache=True)
+        rest = self.model(ids[:, ids.shape[1] // PROMPT :], use_cache=True, past_key_values=prompt.past_key_values)
+        rest.logits = torch.cat([prompt.logits, rest.logits], 1)
+        return rest
+
+
+def _core(keep: float) -> Make:
+    return lambda subject: _Core(copy.deepcopy(subject.model), keep)
+
+
+PROMPT = 4  # a scored text's first quarter is the prompt that tells the core neurons
 VISION, LANGUAGE = ("resnet", "swin"), ("smollm2",)
 
 ARMS: tuple[Arm, ...] = (
@@ -122,6 +180,19 @@ ARMS: tuple[Arm, ...] = (
     Arm("Turbo-VBI, trained", "zeros", trained.turbo_vbi, VISION, trained=True),
     Arm("neurons 0.3, trained", "neurons", _fewer_neurons(0.3), VISION, trained=True),
     Arm("neurons 0.5, trained", "neurons", _fewer_neurons(0.5), VISION, trained=True),
+    Arm("CoreInfer 0.4", "run time", _core(0.4), LANGUAGE),
+    Arm("CoreInfer 0.7", "run time", _core(0.7), LANGUAGE),
+    Arm(
+        "llama.cpp Q4_1",
+        "bits",
+        lambda subject: subject.model,
+        LANGUAGE,
+        peer=True,
+        stored=lambda: smollm2().stat().st_size,
+    ),
+    Arm("torch prune 0.5", "zeros", _torch_prune(0.5), peer=True),
+    Arm("torch-pruning 0.3, trained", "neurons", _torch_pruning(0.3), ("resnet",), peer=True, trained=True),
+    Arm("torch-pruning 0.5, trained", "neurons", _torch_pruning(0.5), ("resnet",), peer=True, trained=True),
     Arm("torchao int8", "bits", _torchao("Int8WeightOnlyConfig"), LANGUAGE, peer=True),
     Arm("quanto int8", "bits", _quanto("qint8"), peer=True),
     Arm("quanto int4", "bits", _quanto("qint4"), LANGUAGE, peer=True),

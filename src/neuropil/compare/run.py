@@ -37,6 +37,7 @@ class Outcome:
     memory      peak bytes of a process that loads it and generates 16 tokens, over those of one that has only
                 imported neuropil; None where that was not measured
     seconds     it took to make
+    threads     of the processor that it was made and measured with
     """
 
     subject: str
@@ -47,6 +48,7 @@ class Outcome:
     speed: float
     memory: int | None
     seconds: float
+    threads: int
 
     @property
     def key(self) -> tuple[str, str, int]:
@@ -108,12 +110,13 @@ def measure(arm: Arm, subject: Subject) -> Outcome:
     started = time.perf_counter()
     model = arm.make(subject)
     seconds = time.perf_counter() - started
-    kept = size(model)
+    kept = size(model) if arm.stored is None else arm.stored()
     memory = _memory(arm, subject, model) if subject.language and subject.seed == SEEDS[0] else None
     runs = _as_it_runs(arm, subject, model)
     quality = subject.quality(runs)
-    speed = subject.rate(runs) / subject.rate(subject.model)
-    return Outcome(subject.name, arm.name, subject.seed, quality, kept, speed, memory, seconds)
+    speed = subject.rate(runs) / subject.rate(subject.model) if arm.stored is None else math.nan
+    threads = torch.get_num_threads()
+    return Outcome(subject.name, arm.name, subject.seed, quality, kept, speed, memory, seconds, threads)
 
 
 def _as_it_runs(arm: Arm, subject: Subject, model: nn.Module) -> nn.Module:
