@@ -90,3 +90,11 @@ def test_every_arm_makes_a_model_that_answers_and_leaves_the_original(vision: Su
     assert all(torch.equal(value, before[name]) for name, value in vision.model.state_dict().items())
     if arm.kind in ("bits", "neurons") and not arm.peer:
         assert found.bytes < size(vision.model)
+
+
+def test_the_committed_page_is_that_of_the_committed_outcomes() -> None:
+    docs = Path(__file__).parents[2] / "docs"
+    kept, scale = load_outcomes(docs / "results" / "compare-compress.json")
+    assert scale == "default"
+    assert {outcome.subject for outcome in kept} == {"resnet", "swin", "smollm2"}
+    assert (docs / "compare-compress.md").read_text() == markdown(lines(kept), scale)

@@ -173,6 +173,7 @@ class Line:
     share: float  # of the original's bytes
     speed: float
     memory: int | None
+    threads: int
     pareto: bool  # no other arm is both smaller and better
 
 
@@ -202,7 +203,7 @@ def _line(arm: Arm, group: list[Outcome], original: int) -> Line:
     memory = next((o.memory for o in group if o.memory is not None), None)
     return Line(
         group[0].subject, arm.name, arm.kind, arm.peer, len(group), float(values.mean()), spread, size_,
-        size_ / original, speed, memory, False,
+        size_ / original, speed, memory, group[0].threads, False,
     )  # fmt: skip
 
 
