@@ -52,7 +52,7 @@ def specimen(seed: int = 0) -> tuple[nn.Module, Callable[[nn.Module], None], tup
     return net(seed), apply, (images(),)
 
 
-SCHEMES = ("affine", "symmetric", "restricted", "unsigned", "midrise")
+SCHEMES = ("affine", "offset", "symmetric", "restricted", "unsigned", "midrise")
 tensors = st.integers(0, 2**31).map(lambda seed: torch.randn(6, 32, generator=torch.Generator().manual_seed(seed)))
 
 
@@ -68,7 +68,7 @@ def test_a_round_trip_is_within_half_a_step_and_is_done_once(w: Tensor, scheme: 
     inside = grid.inside(to_tiles(w, tiles))
     assert bool((error <= grid.scale[..., None] / 2 * (1 + 1e-4))[inside].all())
     torch.testing.assert_close(q(rounded), rounded, rtol=0, atol=0)
-    if scheme != "midrise":
+    if scheme not in ("midrise", "offset"):
         assert not q(torch.zeros_like(w)).any()
     one = Quantizer(bits, scheme)
     line = torch.linspace(0 if scheme == "unsigned" else -2, 3, 500)
@@ -84,8 +84,23 @@ def test_what_is_packed_is_what_was_simulated(bits: int, granularity) -> None:
         assert torch.equal(q.pack(w).dense(), q(w)), scheme
 
 
+def test_a_real_zero_point_gives_back_what_was_rounded_so_before() -> None:
+    """GGUF's Q4_1: 16 levels from the least to the largest of 32 numbers, as its files hold them."""
+    gen = torch.Generator().manual_seed(0)
+    codes = torch.stack([torch.randperm(32, generator=gen) % 16 for _ in range(24)])
+    step, least = torch.rand(24, 1, generator=gen) + 0.1, -torch.rand(24, 1, generator=gen)
+    w = least + step * codes
+    real, whole = (Quantizer(4, scheme, ("group", 32)) for scheme in ("offset", "affine"))
+    torch.testing.assert_close(real(w), w, rtol=1e-5, atol=1e-5)
+    assert (whole(w) - w).abs().max() > 0.02
+    flat = torch.full((2, 32), 3.0)
+    assert torch.equal(Quantizer(4, "offset", ("group", 32))(flat), flat)
+    half = Quantizer(4, "offset", ("group", 32), scale_dtype="float16")
+    assert half.pack(w).bits == 4 + 2 * 16 / 32
+
+
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
-@pytest.mark.parametrize("scheme", ["affine", "symmetric", "codebook", "apot", "ternary", "binary-code"])
+@pytest.mark.parametrize("scheme", ["affine", "offset", "symmetric", "codebook", "apot", "ternary", "binary-code"])
 def test_scales_in_half_precision(dtype: str, scheme: str) -> None:
     w = torch.randn(8, 64, generator=torch.Generator().manual_seed(0))
     w[3], w[4] = 0, w[4] * 1e-9

@@ -43,13 +43,14 @@ def markdown(found: Sequence[Line], scale: str) -> str:
         "float32 model, measured one right after the other; packed weights run on integer kernels in bfloat16 where "
         "there are such, and are made dense once where there are not. **Memory** is the peak of a process that loads "
         "the model and generates 16 tokens, beyond what importing takes. A star marks what no other method beats in "
-        "both quality and bytes. *Italics* are peers: libraries that many people use, their bytes as torch saves them.\n\n"
+        "both quality and bytes. *Italics* are peers: libraries in wide use, their bytes as torch saves them.\n\n"
         f"Image models were trained here on {TRAINED:,} images for {size.epochs} epochs; methods marked *trained* were "
         f"given {size.finetune} more steps with AdamW. SmolLM2's packaged weights are already rounded to 4 bits in "
         "blocks of 32 (Q4_1), which favours every method of 4 bits and more in such blocks: judge on it at 2 and 3 "
         "bits, or without groups. The file of that format is itself a row; its speed in llama.cpp was not measured. "
         "CoreInfer computes less and stores all: the first quarter of each window is the prompt, read by the whole "
-        "model, and the rest is answered by the neurons that the prompt used most.\n\n![quality against bytes and against speed](results/compare-compress.png)\n",
+        "model, and the rest is answered by the neurons that the prompt used most.\n\n"
+        "![quality against bytes and against speed](results/compare-compress.png)\n",
     ]
     for name, title in TITLES.items():
         mine = [line for line in found if line.subject == name]

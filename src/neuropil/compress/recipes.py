@@ -65,7 +65,7 @@ def _uniform(model: nn.Module, settings: Settings) -> Changes:
     bits = 8 if settings.bits is None else settings.bits
     fine: dict[str, Any] = {"bits": bits, "granularity": _granularity(settings)}
     # In half precision: two numbers for 32 weights would else take half as much as 4-bit codes do.
-    fine |= {"scheme": "affine", "scale_dtype": "float16"} if settings.group else {"scheme": "symmetric"}
+    fine |= {"scheme": "offset", "scale_dtype": "float16"} if settings.group else {"scheme": "symmetric"}
     fine |= {"observer": "mse"} if bits < 8 else {}
     return quantize_model(model, fine, skip=settings.skip)
 

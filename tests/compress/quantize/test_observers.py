@@ -19,7 +19,7 @@ def draws(kind: str, count: int = 400_000) -> Tensor:
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
-@pytest.mark.parametrize("scheme", ["affine", "symmetric", "restricted", "midrise"])
+@pytest.mark.parametrize("scheme", ["affine", "offset", "symmetric", "restricted", "midrise"])
 def test_the_mse_observer_is_never_worse_than_min_max(bits: int, scheme: str) -> None:
     """Invariant 4, tile by tile."""
     gen = torch.Generator().manual_seed(bits)

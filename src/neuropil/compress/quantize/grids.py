@@ -18,7 +18,7 @@ from torch import Tensor
 
 from neuropil.compress.quantize.tiles import QuantizationError
 
-UNIFORM = ("affine", "symmetric", "restricted", "unsigned", "midrise")
+UNIFORM = ("affine", "offset", "symmetric", "restricted", "unsigned", "midrise")
 
 
 @dataclass(frozen=True)
@@ -121,7 +121,7 @@ def stochastic_round(x: Float[Tensor, "*shape"], generator: torch.Generator | No
 
 def code_range(scheme: str, bits: int) -> tuple[int, int]:
     """The lowest and the highest code of a uniform scheme."""
-    if scheme in ("affine", "unsigned"):
+    if scheme in ("affine", "offset", "unsigned"):
         return 0, 2**bits - 1
     half = 2 ** (bits - 1)
     return (1 - half, half - 1) if scheme == "restricted" else (-half, half - 1)
@@ -131,12 +131,16 @@ def uniform(scheme: str, bits: int, low: Float[Tensor, "r g"], high: Float[Tenso
     """The grid of a scheme for numbers from `low` to `high`. A range of nothing but 0 has step 1.
 
     "affine": 2^b levels over [min(low, 0), max(high, 0)], one of them exactly 0.
+    "offset": 2^b levels over [low, high], ends included, the zero point real (GGUF's Q4_1): 0 need be no level.
     "symmetric": step 2 m / (2^b - 1) with m = max(|low|, |high|), codes -2^(b-1) to 2^(b-1) - 1 (the full range).
     "restricted": step m / (2^(b-1) - 1), codes of both signs alike.
     "unsigned": step high / (2^b - 1), codes from 0, for numbers that are not negative.
     "midrise": 2^b levels symmetric about 0, none of them 0: half-integers times 2 m / (2^b - 1).
     """
     first, last = code_range(scheme, bits)
+    if scheme == "offset":
+        scale = _steps((high - low) / (last - first))
+        return Uniform(scale, first - low / scale, first, last)
     low, high = low.clamp(max=0), high.clamp(min=0)
     size = torch.maximum(-low, high)
     if scheme == "affine":

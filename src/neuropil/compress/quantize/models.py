@@ -18,7 +18,7 @@ from neuropil.compress.reconstruction import run
 from neuropil.evaluate import evaluating
 from neuropil.packed import Packing, is_packed, pack, packed
 
-_GROUPS = {"scheme": "affine", "granularity": ("group", 32), "observer": "mse", "scale_dtype": "float16"}
+_GROUPS = {"scheme": "offset", "granularity": ("group", 32), "observer": "mse", "scale_dtype": "float16"}
 RECIPES: dict[str, dict[str, Any]] = {
     "int8": {"bits": 8, "scheme": "symmetric", "granularity": "channel"},
     "int4": {"bits": 4, "scheme": "symmetric", "granularity": "channel", "observer": "mse"},

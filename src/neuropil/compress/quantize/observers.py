@@ -126,7 +126,11 @@ def grid_error(x: Float[Tensor, "r g n"], scheme: str, bits: int, low: Tensor, h
 
 
 def _least_error(x: Tensor, low: Tensor, high: Tensor, scheme: str, bits: int) -> tuple[Tensor, Tensor]:
-    """Shrink factors in two rounds: a coarse geometric row from 1 down to 1/100, then a fine one about the best."""
+    """Shrink factors in two rounds: a coarse geometric row from 1 down to 1/100, then a fine one about the best.
+
+    Ranges shrink towards 0, which is a level of theirs, or towards their middle where 0 need be none.
+    """
+    middle = (low + high) / 2 if scheme == "offset" else torch.zeros_like(low)
     best = torch.ones_like(low)
     least = grid_error(x, scheme, bits, low, high)
     for factors in (torch.logspace(0, -2, 24)[1:], torch.linspace(0.84, 1.19, 15)):
@@ -134,10 +138,10 @@ def _least_error(x: Tensor, low: Tensor, high: Tensor, scheme: str, bits: int) -
         for factor in factors.to(x):
             # the first round looks at absolute factors (start is 1), the second about each tile's own best
             at = (start * factor).clamp(max=1)
-            error = grid_error(x, scheme, bits, at * low, at * high)
+            error = grid_error(x, scheme, bits, middle.lerp(low, at), middle.lerp(high, at))
             better = error < least
             best, least = torch.where(better, at, best), torch.where(better, error, least)
-    return best * low, best * high
+    return middle.lerp(low, best), middle.lerp(high, best)
 
 
 def _entropy_clip(x: Tensor, levels: int) -> Tensor:

@@ -89,8 +89,8 @@ class Quantizer(FakeQuantizer):
     Parameters
     ----------
     bits: 1 to 16; 32 gives back the very tensor it is given. A symmetric scheme of one bit is "binary".
-    scheme: uniform: "affine", "symmetric" (full range), "restricted", "unsigned", "midrise" (see `grids.uniform`);
-        of levels: those of `schemes.LEVELS` ("binary", "ternary", "pow2", "apot", "codebook", ...).
+    scheme: uniform: "affine", "offset", "symmetric" (full range), "restricted", "unsigned", "midrise" (see
+        `grids.uniform`); of levels: those of `schemes.LEVELS` ("binary", "ternary", "pow2", "apot", "codebook", ...).
     granularity: "tensor", "channel", ("channels", n), ("group", g), or "token" (dynamic only).
     observer: "minmax", "moving", "percentile", "mse", "aciq", "entropy"; of the uniform schemes (others fit
         their levels).

@@ -76,7 +76,7 @@ def aciq_range(
     """The range of each tile: the clip about its mean (about 0 for symmetric schemes), never beyond what was seen."""
     one_sided = bool((low >= 0).all())
     clip = aciq_clip(x, bits, one_sided)
-    centre = x.mean(-1) if scheme == "affine" and not one_sided else torch.zeros_like(clip)
+    centre = x.mean(-1) if scheme in ("affine", "offset") and not one_sided else torch.zeros_like(clip)
     return torch.maximum(low, centre - clip), torch.minimum(high, centre + clip)
 
 
