@@ -64,8 +64,12 @@ def _granularity(settings: Settings) -> Any:
 def _uniform(model: nn.Module, settings: Settings) -> Changes:
     bits = 8 if settings.bits is None else settings.bits
     fine: dict[str, Any] = {"bits": bits, "granularity": _granularity(settings)}
-    # In half precision: two numbers for 32 weights would else take half as much as 4-bit codes do.
-    fine |= {"scheme": "offset", "scale_dtype": "float16"} if settings.group else {"scheme": "symmetric"}
+    if settings.group:
+        # In half precision: two numbers for 32 weights would else take half as much as 4-bit codes do. With fewer than
+        # 16 levels, that one of them is exactly 0 is worth more than that the ends are exact (docs/compare-compress.md).
+        fine |= {"scheme": "offset" if bits > 3 else "affine", "scale_dtype": "float16"}
+    else:
+        fine |= {"scheme": "symmetric"}
     fine |= {"observer": "mse"} if bits < 8 else {}
     return quantize_model(model, fine, skip=settings.skip)
 

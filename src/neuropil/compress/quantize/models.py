@@ -18,13 +18,13 @@ from neuropil.compress.reconstruction import run
 from neuropil.evaluate import evaluating
 from neuropil.packed import Packing, is_packed, pack, packed
 
-_GROUPS = {"scheme": "offset", "granularity": ("group", 32), "observer": "mse", "scale_dtype": "float16"}
+_GROUPS = {"granularity": ("group", 32), "observer": "mse", "scale_dtype": "float16"}
 RECIPES: dict[str, dict[str, Any]] = {
     "int8": {"bits": 8, "scheme": "symmetric", "granularity": "channel"},
     "int4": {"bits": 4, "scheme": "symmetric", "granularity": "channel", "observer": "mse"},
-    "int4-group": {"bits": 4, **_GROUPS},
-    "int3-group": {"bits": 3, **_GROUPS},
-    "int2-group": {"bits": 2, **_GROUPS},
+    "int4-group": {"bits": 4, "scheme": "offset", **_GROUPS},
+    "int3-group": {"bits": 3, "scheme": "affine", **_GROUPS},
+    "int2-group": {"bits": 2, "scheme": "affine", **_GROUPS},
     "codebook4": {"bits": 4, "scheme": "codebook", "granularity": "channel", "scale_dtype": "float16"},
     "apot4": {"bits": 4, "scheme": "apot", "granularity": "channel"},
     "pow2-4": {"bits": 4, "scheme": "pow2", "granularity": "channel"},
