@@ -93,6 +93,44 @@ class Explanation:
         panel.spines[["top", "right"]].set_visible(False)
 
 
+def explanations(
+    classifier: Any,
+    inputs: np.ndarray,
+    contributions: Float[np.ndarray, "n k m"],
+    distances: Float[np.ndarray, "n m"],
+    shares: Float[np.ndarray, "n k"],
+    of: int | None,
+) -> list[Explanation]:
+    """One for each input, of class number `of` or of the predicted one; `shares` are probabilities."""
+    labels, decoded = classifier.classes_.tolist(), classifier.decode_prototypes()
+    weights, stands_for = classifier.weights_, classifier.prototype_classes_
+
+    def reference(j: int, k: int, parts: np.ndarray, d: np.ndarray) -> Reference:
+        return Reference(
+            prototype=j,
+            distance=float(d[j]),
+            weight=float(weights[k, j]),
+            contribution=float(parts[k, j]),
+            stands_for=stands_for[j],
+            decoded=None if decoded is None else decoded[j],
+            nearest=int(classifier.nearest_[j, 0]),
+            nearest_label=classifier.nearest_labels_[j, 0],
+            nearest_distance=float(classifier.nearest_distances_[j, 0]),
+            case=classifier.cases_[j, 0],
+        )
+
+    out = []
+    for x, parts, d, share in zip(inputs, contributions, distances, shares, strict=True):
+        predicted = int(share.argmax())
+        k = predicted if of is None else of
+        references = tuple(reference(int(j), k, parts, d) for j in d.argsort(kind="stable"))
+        probabilities = dict(zip(labels, share.tolist(), strict=True))
+        out.append(
+            Explanation(x, labels[predicted], labels[k], float(parts[k].sum()), probabilities, parts, references)
+        )
+    return out
+
+
 def picture(panel: Axes, image: np.ndarray) -> None:
     """An image (channels, height, width), grey or in colour."""
     panel.imshow(image[0] if len(image) == 1 else np.moveaxis(image, 0, -1), cmap="gray_r", vmin=0, vmax=1)

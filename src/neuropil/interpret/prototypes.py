@@ -45,6 +45,7 @@ from __future__ import annotations
 import copy
 import math
 import warnings
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
@@ -69,7 +70,7 @@ from neuropil.interpret._prototype_training import (
     size_of_codes,
     start,
 )
-from neuropil.interpret.prototype_explanation import Explanation, Reference
+from neuropil.interpret.prototype_explanation import Explanation, explanations
 from neuropil.interpret.prototype_images import ElasticDeformation
 from neuropil.interpret.prototype_network import PrototypeNetwork, check_lambdas, dense_network
 
@@ -180,7 +181,7 @@ class PrototypeClassifier(ClassifierMixin, BaseEstimator):
         }
         counts |= {"pretrain_epochs": (self.pretrain_epochs, 0), "memory": (self.memory, 0)}
         for name, (value, least) in counts.items():
-            if value != int(value) or value < least:
+            if not isinstance(value, Integral) or value < least:
                 raise ValueError(f"{name}={value!r}: expected a whole number of {least} or more")
         for name, value, choices in (("init", self.init, INITS), ("head", self.head, HEADS)):
             if value not in choices:
@@ -224,7 +225,8 @@ class PrototypeClassifier(ClassifierMixin, BaseEstimator):
         raise ValueError(f"Input X contains {value}, first in column {named} of row {row}; impute or drop such rows")
 
     def _inputs(self, rows: np.ndarray) -> Tensor:
-        return torch.from_numpy(np.ascontiguousarray(rows)).reshape(-1, *self.input_shape_)
+        own = rows if rows.flags.writeable else rows.copy()  # torch shares memory, and warns of what is read-only
+        return torch.from_numpy(np.ascontiguousarray(own)).reshape(-1, *self.input_shape_)
 
     def _build(self, x: Tensor) -> None:
         """`network_`, untrained. Random numbers come from torch's generator."""
@@ -284,7 +286,7 @@ class PrototypeClassifier(ClassifierMixin, BaseEstimator):
         """The training rows nearest to each prototype, by code."""
         network = self._prototype_network()
         with torch.no_grad():
-            distances = network.prototypes(encoded(network, x))
+            distances = self._in_parts(x, lambda part: network.prototypes(network.encode(part)))
         kept, rows = distances.topk(min(KEPT, len(x)), 0, largest=False)
         self.nearest_, self.nearest_distances_ = rows.T.numpy().copy(), kept.T.numpy().copy()
         self.nearest_labels_ = self.classes_[labels.numpy()[self.nearest_]]
@@ -364,34 +366,13 @@ class PrototypeClassifier(ClassifierMixin, BaseEstimator):
 
         Raises ValueError for a label that is not in `classes_`.
         """
-        contributions, distances = self.contributions(X), self.distances(X)
-        probabilities, labels = self.predict_proba(X), self.classes_.tolist()
+        self._prototype_network()
+        labels = self.classes_.tolist()
         if of is not None and of not in labels:
             raise ValueError(f"of={of!r} is no class; those are {', '.join(map(str, labels))}")
+        parts, distances, shares = self.contributions(X), self.distances(X), self.predict_proba(X)
         inputs = np.asarray(flat(X), dtype=np.float32).reshape(-1, *self.input_shape_)
-        decoded, weights, stands_for = self.decode_prototypes(), self.weights_, self.prototype_classes_
-        out = []
-        for x, parts, d, p in zip(inputs, contributions, distances, probabilities, strict=True):
-            predicted = int(p.argmax())
-            k = predicted if of is None else labels.index(of)
-            references = tuple(
-                Reference(
-                    prototype=int(j),
-                    distance=float(d[j]),
-                    weight=float(weights[k, j]),
-                    contribution=float(parts[k, j]),
-                    stands_for=stands_for[j],
-                    decoded=None if decoded is None else decoded[j],
-                    nearest=int(self.nearest_[j, 0]),
-                    nearest_label=self.nearest_labels_[j, 0],
-                    nearest_distance=float(self.nearest_distances_[j, 0]),
-                    case=self.cases_[j, 0],
-                )
-                for j in d.argsort(kind="stable")
-            )
-            shares = dict(zip(labels, p.tolist(), strict=True))
-            out.append(Explanation(x, labels[predicted], labels[k], float(parts[k].sum()), shares, parts, references))
-        return out
+        return explanations(self, inputs, parts, distances, shares, None if of is None else labels.index(of))
 
     def project(self, X: Any, y: Any) -> PrototypeClassifier:
         """A copy whose prototypes are codes of the training rows nearest to them, so that each is a case.
