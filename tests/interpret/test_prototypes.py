@@ -14,6 +14,7 @@ import pytest
 import torch
 from matplotlib.figure import Figure
 from scipy.ndimage import gaussian_filter, map_coordinates
+from sklearn.base import clone
 from sklearn.datasets import load_digits, load_iris, make_blobs
 from sklearn.neighbors import NearestCentroid
 from sklearn.preprocessing import StandardScaler
@@ -559,17 +560,16 @@ def test_classes_in_turn_pass_over_those_used_up() -> None:
 def test_pretraining_the_autoencoder_comes_first() -> None:
     estimator, X, y = specimen()
     estimator.set_params(epochs=1, lr=0.01)
-    cold = estimator.fit(X, y)
-    cold_error = np.square(cold.reconstruct(X) - X).sum(1).mean()
-    warm = estimator.set_params(pretrain_epochs=20).fit(X, y)
-    assert np.square(warm.reconstruct(X) - X).sum(1).mean() < cold_error / 2
+    cold, warm = (clone(estimator).set_params(pretrain_epochs=epochs).fit(X, y) for epochs in (0, 20))
+    errors = [np.square(each.reconstruct(X) - X).sum(1).mean() for each in (cold, warm)]
+    assert errors[1] < errors[0] / 2
 
 
 def test_a_memory_of_codes_trains_batches_smaller_than_the_prototypes() -> None:
     estimator, X, y = specimen()
     estimator.set_params(batch_size=4, epochs=5)
-    without = estimator.fit(X, y)
-    with_bank = estimator.set_params(memory=60).fit(X, y)
+    without = clone(estimator).fit(X, y)
+    with_bank = clone(estimator).set_params(memory=60).fit(X, y)
     assert with_bank.losses_ != without.losses_
     assert np.mean(with_bank.losses_[-30:]) < np.mean(without.losses_[-30:])
 

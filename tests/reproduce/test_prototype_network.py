@@ -64,7 +64,7 @@ def test_smoke() -> None:
     measured = module.measure("smoke", 0, Meter())
     accuracies = {m.name: m.value for m in measured if m.metric == module.ACCURACY}
     assert set(accuracies) == {*module.ARMS, module.KNN}
-    assert accuracies[module.PLAIN] > 60
+    assert accuracies[module.PLAIN] > 50
     assert accuracies[module.KNN] > 95
     found = [Row.of(m.name, m.metric, [m.value], m.unit, m.higher_is_better, m.baseline) for m in measured]
     assert {row.name for row in found if row.metric == module.REALISM} == set(module.WITH_PROTOTYPES)
