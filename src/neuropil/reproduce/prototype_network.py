@@ -46,8 +46,8 @@ PAPER_SAYS = (
 DEVIATIONS = (
     "10,000 images and 6 epochs instead of 55,000 images and 1500 epochs; batches of 50 instead of 250, for more "
     "steps; no elastic deformation",
-    "learning rate 0.005 for all networks: of that and the authors' 0.002, the better after 400 steps on other training "
-    "images, for the full and for the plain network alike",
+    "learning rate 0.005 for all networks: of that and the authors' 0.002, the better after 400 steps on other "
+    "training images, for the full and for the plain network alike",
 )
 NOTES = (
     "Without R the decoder learns nothing: its reconstructions are no more like data than its prototypes, and a "
