@@ -198,7 +198,7 @@ class PrototypeClassifier(ClassifierMixin, BaseEstimator):
 
     def _training_data(self, X: Any, y: Any) -> tuple[Tensor, Tensor]:
         """Inputs in the encoder's shape and class numbers; sets `classes_` and `input_shape_`."""
-        shape = tuple(np.shape(X)[1:]) if np.ndim(X) == 4 else None
+        shape = tuple(X.shape[1:]) if getattr(X, "ndim", 0) == 4 else None
         rows, y = validate_data(self, flat(X), y, dtype=np.float32, ensure_all_finite=False)
         self._check_finite(rows)
         check_classification_targets(y)
@@ -410,4 +410,4 @@ class PrototypeClassifier(ClassifierMixin, BaseEstimator):
 
 def flat(X: Any) -> Any:
     """Images [n, channels, height, width] as rows [n, p]; anything else as it is."""
-    return np.asarray(X).reshape(len(X), -1) if np.ndim(X) == 4 else X
+    return np.asarray(X).reshape(len(X), -1) if getattr(X, "ndim", 0) == 4 else X
