@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullLocator
 from sklearn.neighbors import KNeighborsClassifier, NearestCentroid
 
 from neuropil import data
@@ -194,6 +195,9 @@ def figure(report: Report) -> Figure:
         _dots(panel, report, metric, label, name)
         if metric != ACCURACY:
             panel.set_xscale("log")
+            panel.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+            panel.xaxis.set_major_formatter("{x:g}")
+            panel.xaxis.set_minor_locator(NullLocator())
     return out
 
 
