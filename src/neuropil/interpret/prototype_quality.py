@@ -5,6 +5,7 @@ The paper shows pictures with and without its terms R1 and R2. These are measure
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -47,19 +48,19 @@ def prototype_quality(classifier: Any, X: Any, y: Any, X_held_out: Any, *, seed:
     codes, others = classifier.encode(X), classifier.encode(held)
     spread = _mean_between(others[rng.permutation(len(others))[:SAMPLE]])
     decoded = classifier.decode_prototypes()
-    misfit, realism, agreement = float("nan"), float("nan"), float("nan")
+    misfit, realism, agreement = math.nan, math.nan, math.nan
     if decoded is not None:
         distance, row = nearest(decoded.reshape(len(decoded), -1), rows)
         again = classifier.reconstruct(held[rng.permutation(len(held))[:SAMPLE]])
         misfit = float(distance.mean())
-        realism = misfit / float(nearest(again.reshape(len(again), -1), rows)[0].mean())
+        realism = _share(misfit, float(nearest(again.reshape(len(again), -1), rows)[0].mean()))
         agreement = float((np.asarray(y)[row] == classifier.prototype_classes_).mean())
     return PrototypeQuality(
         misfit=misfit,
         realism=realism,
-        coverage=float(nearest(others, prototypes)[0].mean()) / spread,
-        remoteness=float(nearest(prototypes, codes)[0].mean()) / spread,
-        closest_pair=_closest(prototypes) / spread,
+        coverage=_share(float(nearest(others, prototypes)[0].mean()), spread),
+        remoteness=_share(float(nearest(prototypes, codes)[0].mean()), spread),
+        closest_pair=_share(_closest(prototypes), spread),
         classes=len(np.unique(classifier.prototype_classes_)),
         agreement=agreement,
     )
@@ -75,6 +76,13 @@ def nearest(
     return exact.numpy(), which.numpy()
 
 
+def _share(part: float, whole: float) -> float:
+    """part / whole; infinite or NaN where codes have fallen together or reconstructions are the data themselves."""
+    if whole:
+        return part / whole
+    return math.inf if part > 0 else math.nan
+
+
 def _mean_between(codes: Float[np.ndarray, "n q"]) -> float:
     """Mean squared distance of two different rows: 2 n / (n - 1) times the variance."""
     return float(2 * len(codes) / (len(codes) - 1) * codes.var(0, dtype=np.float64).sum())
@@ -82,5 +90,5 @@ def _mean_between(codes: Float[np.ndarray, "n q"]) -> float:
 
 def _closest(prototypes: Float[np.ndarray, "m q"]) -> float:
     if len(prototypes) < 2:
-        return float("nan")
+        return math.nan
     return float(torch.pdist(torch.from_numpy(prototypes)).square().min())

@@ -8,6 +8,7 @@ prototypes.
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Sequence
 from functools import cache
@@ -145,8 +146,8 @@ def trained(arm: str, scale: Scale, seed: int) -> PrototypeClassifier:
 def multiple(rows: Sequence[Row], arm: str, metric: str) -> float:
     """Of the full network's, geometric mean over seeds; NaN where a seed failed."""
     pairs = zip(find(rows, arm, metric).values, find(rows, FULL, metric).values, strict=True)
-    shares = [a / b for a, b in pairs]
-    return statistics.geometric_mean(shares) if all(share > 0 for share in shares) else float("nan")
+    shares = [a / b if b else math.nan for a, b in pairs]
+    return statistics.geometric_mean(shares) if all(share > 0 for share in shares) else math.nan
 
 
 def multiples(rows: Sequence[Row]) -> dict[str, float]:
