@@ -2,6 +2,28 @@
 
 from neuropil.interpret.compare import Comparison, compare
 from neuropil.interpret.decode import Decoder, decode
+from neuropil.interpret.prototype_explanation import Explanation, Reference
+from neuropil.interpret.prototype_images import ConvDecoder, ConvEncoder, ElasticDeformation
+from neuropil.interpret.prototype_network import PrototypeLayer, PrototypeNetwork
+from neuropil.interpret.prototype_quality import PrototypeQuality, prototype_quality
+from neuropil.interpret.prototypes import PrototypeClassifier
 from neuropil.interpret.rows import Decoded, decode_rows
 
-__all__ = ["Comparison", "Decoded", "Decoder", "compare", "decode", "decode_rows"]
+__all__ = [
+    "Comparison",
+    "ConvDecoder",
+    "ConvEncoder",
+    "Decoded",
+    "Decoder",
+    "ElasticDeformation",
+    "Explanation",
+    "PrototypeClassifier",
+    "PrototypeLayer",
+    "PrototypeNetwork",
+    "PrototypeQuality",
+    "Reference",
+    "compare",
+    "decode",
+    "decode_rows",
+    "prototype_quality",
+]
