@@ -218,6 +218,15 @@ def test_without_the_prior_it_is_captioning() -> None:
     assert torch.equal(mi.tokens, plain.tokens)
 
 
+@pytest.mark.parametrize("lam", [0.0, 0.2, 1.0])
+def test_one_beam_is_reranked_with_any_share(lam: float) -> None:
+    net, lm, keys = captioner(), language_model(), draw(6, 15, 6)
+    again = search(net, keys, lm, lam=0.0, beam=10, length=6).at(lam)
+    direct = search(net, keys, lm, lam=lam, beam=10, length=6)
+    assert torch.equal(again.tokens, direct.tokens)
+    assert torch.equal(again.score, direct.score)
+
+
 def test_a_huge_share_of_the_prior_takes_the_least_usual_of_the_beam() -> None:
     net, lm, keys = captioner(), language_model(), draw(6, 15, 6)
     found = search(net, keys, lm, lam=1e4, beam=10, length=6)

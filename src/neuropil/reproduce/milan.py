@@ -143,8 +143,9 @@ def described(milan: MILAN, said: list[list[str]], plan: dict[str, Any], seed: i
         rows = [r for r, t in enumerate(shares) if t and not found.dead[r]]  # units of which something can be said
         found = found.take(rows)
         truth += [shares[r] for r in rows]
+        beam = milan.search(found, lam=0.0)  # one beam, reranked three times
         for name, lam in LAMBDAS.items():
-            texts[name] += [d.text for d in milan.describe(found, lam=lam)]
+            texts[name] += milan.vocabulary_.decode(beam.at(lam).tokens[:, 0])
         texts[CHANCE] += [draw.choice(draw.choice(said)) for _ in rows]
         places = unit_masks(net, images, found.layer, found.threshold, GRID, units=found.units).flatten(1)
         concepts = probe.concepts(GRID).flatten(1)

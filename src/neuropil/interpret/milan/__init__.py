@@ -54,7 +54,7 @@ from neuropil.interpret.milan.editing import (
 from neuropil.interpret.milan.encoder import RegionEncoder, pool
 from neuropil.interpret.milan.estimator import MILAN, Description
 from neuropil.interpret.milan.exemplars import ExemplarSet, exemplars
-from neuropil.interpret.milan.language import LanguageModel, Vocabulary, bleu
+from neuropil.interpret.milan.language import LanguageModel, Vocabulary, bleu, rouge_l
 from neuropil.interpret.milan.layer import UnknownLayer, tokens_to_grid
 from neuropil.interpret.milan.scene_models import scene_captioner
 from neuropil.interpret.milan.search import Found, beam_search, search
@@ -93,6 +93,7 @@ __all__ = [
     "netdissect",
     "pool",
     "rerank",
+    "rouge_l",
     "scene_captioner",
     "search",
     "tokens_to_grid",

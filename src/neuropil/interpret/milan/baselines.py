@@ -24,7 +24,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
-from neuropil.interpret.milan.exemplars import batched
+from neuropil.interpret.milan.exemplars import batched, inputs_of
 from neuropil.interpret.milan.layer import Reshape, as_maps, seen_layer
 from neuropil.neurons import Site
 
@@ -60,8 +60,10 @@ def unit_masks(
         with torch.no_grad(), seen_layer(model, layer) as seen:
             for batch in batched(images, batch_size):
                 seen.clear()
-                model(batch)
-                maps, _ = as_maps(seen[0], len(batch), last, reshape, name)
+                [x] = inputs_of(model, batch)
+                model(x)
+                maps, _ = as_maps(seen[0], len(x), last, reshape, name)
+                maps = maps.cpu()
                 maps = interpolate(maps[:, chosen], (side, side), mode="bilinear", align_corners=False)
                 found.append((maps > threshold[:, None, None]).transpose(0, 1))
     finally:

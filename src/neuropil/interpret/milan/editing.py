@@ -201,12 +201,12 @@ def histogram(descriptions: Mapping[Unit, str], value: Callable[[str], float]) -
 
 
 def speaks_of(text: str, words: Sequence[str]) -> bool:
-    """Whether a description contains one of the words, as the paper looks for them: anywhere in lower case.
+    """Whether a description contains one of the words, as the paper looks for them: anywhere, in any case.
 
     >>> speaks_of("Printed letters", ["word", "text", "letter"])
     True
     """
-    return re.search("|".join(map(re.escape, words)), text.lower()) is not None
+    return re.search("|".join(map(re.escape, words)), text, re.IGNORECASE) is not None
 
 
 @dataclass(frozen=True)

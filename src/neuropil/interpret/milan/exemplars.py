@@ -206,7 +206,7 @@ def exemplars(
         model.eval()
         with torch.no_grad(), seen_layer(model, layer) as seen:
             for number, batch in enumerate(batched(images, batch_size, run.top.seen), 1):
-                inputs = _inputs(model, batch, generative)
+                inputs = inputs_of(model, batch, generative)
                 seen.clear()
                 out = model(*inputs)
                 if len(seen) != 1:
@@ -251,7 +251,8 @@ def batched(images: Any, batch_size: int, skip: int = 0) -> Iterator[Any]:
     elif isinstance(images, Iterable):
         yield from _after(images, skip)
     else:
-        raise ValueError(f"images is a {type(images).__name__}; expected a tensor, a data set or an iterable of batches")
+        kind = type(images).__name__
+        raise ValueError(f"images is a {kind}; expected a tensor, a data set or an iterable of batches")
 
 
 def _after(batches: Iterable[Any], skip: int) -> Iterator[Any]:
@@ -266,7 +267,8 @@ def _after(batches: Iterable[Any], skip: int) -> Iterator[Any]:
             yield batch
 
 
-def _inputs(model: nn.Module, batch: Any, generative: bool) -> list[Tensor]:
+def inputs_of(model: nn.Module, batch: Any, generative: bool = False) -> list[Tensor]:
+    """What the model is given of a batch: the first of a pair, or all of it."""
     parts = [batch] if isinstance(batch, Tensor) else list(batch)
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     return [part.to(device) for part in (parts if generative else parts[:1])]

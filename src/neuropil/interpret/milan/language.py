@@ -1,4 +1,4 @@
-"""Words: a tokeniser, a vocabulary, the language model p(d) of descriptions, and BLEU.
+"""Words: a tokeniser, a vocabulary, the language model p(d) of descriptions, BLEU and ROUGE.
 
 The tokeniser lower-cases and keeps every word and every sign (the paper's is spaCy's, with the same choices):
 
@@ -157,6 +157,30 @@ def bleu(found: Sequence[str], references: Sequence[Sequence[str]], order: int =
         logs += math.log(hits / count if hits else 1 / (halved * count))
     penalty = min(0.0, 1 - close / long)
     return min(100.0, 100 * math.exp(logs / order + penalty))
+
+
+def rouge_l(found: Sequence[str], references: Sequence[Sequence[str]]) -> float:
+    """Mean ROUGE-L in percent: F1 of the longest common subsequence of words, with the reference it fits best.
+
+    >>> round(rouge_l(["a red ball"], [["one red and round ball", "boxes"]]), 6)  # "red ball": 2 of 3 and of 5
+    50.0
+    """
+    scores = []
+    for sentence, those in zip(found, references, strict=True):
+        words, lists = tokens(sentence), [tokens(r) for r in those]
+        scores.append(max(2 * _common(words, r) / max(1, len(words) + len(r)) for r in lists))
+    return 100 * sum(scores) / len(scores)
+
+
+def _common(a: Sequence[str], b: Sequence[str]) -> int:
+    """The length of the longest common subsequence."""
+    row = [0] * (len(b) + 1)
+    for word in a:
+        before = row
+        row = [0]
+        for place, other in enumerate(b):
+            row.append(before[place] + 1 if word == other else max(before[place + 1], row[-1]))
+    return row[-1]
 
 
 def _grams(words: Sequence[str], n: int) -> Counter[tuple[str, ...]]:

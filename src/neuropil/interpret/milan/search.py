@@ -33,6 +33,10 @@ class Found:
     given: Float[Tensor, "n beams"]
     prior: Float[Tensor, "n beams"]
 
+    def at(self, lam: float) -> Found:
+        """The same sentences, reranked with another share of the prior."""
+        return _sorted(Found(self.tokens, self.given - lam * self.prior, self.given, self.prior))
+
 
 def beam_search(
     step: Step, state: State, *, beam: int, length: int
