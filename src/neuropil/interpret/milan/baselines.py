@@ -82,7 +82,7 @@ def iou(
 
 
 def netdissect(
-    units: Bool[Tensor, "units places"], concepts: Bool[Tensor, "concepts places"], names: Sequence[str]
+    units: Bool[Tensor, "units places"], concepts: Bool[Tensor, "concepts cells"], names: Sequence[str]
 ) -> list[Label]:
     """The concept that fits each unit best."""
     _check(units, concepts, names)
@@ -92,7 +92,7 @@ def netdissect(
 
 def compositional(
     units: Bool[Tensor, "units places"],
-    concepts: Bool[Tensor, "concepts places"],
+    concepts: Bool[Tensor, "concepts cells"],
     names: Sequence[str],
     *,
     length: int = 3,

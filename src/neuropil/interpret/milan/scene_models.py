@@ -134,7 +134,14 @@ def scene_captioner(
     net = trained_net(made, seed, epochs=epochs)
     keys, said = annotated(encoder_of(net), made, sets, seed)
     milan = MILAN(
-        encoder_of(net), hidden=128, epochs=captioner_epochs, lm_epochs=captioner_epochs, random_state=seed
+        encoder_of(net),
+        hidden=128,
+        lr=5e-3,
+        batch_size=32,
+        standardise=True,
+        epochs=captioner_epochs,
+        lm_epochs=captioner_epochs,
+        random_state=seed,
     ).fit(keys, said)
     folder.mkdir(parents=True, exist_ok=True)
     save_file(dict(net.state_dict()), folder / "encoder.safetensors")

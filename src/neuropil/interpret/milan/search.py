@@ -137,7 +137,7 @@ def search(
     if lm is not None:
         lm.eval()
     try:
-        look, state = captioner.looker(keys), captioner.start(keys)
+        state, look = captioner.start(keys), captioner.looker(keys)
         step, first = look.step, state
         if mi and lm is not None:
             step = mutual_information(look.step, lm.step, lam, len(state))
