@@ -62,8 +62,8 @@ DEVIATIONS = (
     "chance of 0.75, which makes generic sentences likely, as people's are",
     "agreement is the F1 of the attributes that a description names, against those that four fifths of a unit's "
     "regions have, not BERTScore; BLEU is against three sentences that name them all",
-    "captioner and language model have 128 hidden units (paper: 512), a learning rate of 5e-3 (paper: 1e-3), few epochs, "
-    "batches of 32 and standardised features, with which they learn in seconds",
+    "captioner and language model have 128 hidden units (paper: 512), a learning rate of 5e-3 (paper: 1e-3), few "
+    "epochs, batches of 32 and standardised features, with which they learn in seconds",
     "the network to be edited is a small convolutional one on Fashion-MNIST, with T0 to T9 printed in a corner of half "
     "of the training images",
 )
