@@ -23,6 +23,9 @@ class Captioner(nn.Module):
     `standardise` brings the features to mean 0 and spread 1 over given vectors first; the paper does not.
     """
 
+    shift: Tensor
+    scale: Tensor
+
     def __init__(
         self, vocabulary: Vocabulary, features: int, embedding: int = 128, hidden: int = 512, dropout: float = 0.5
     ) -> None:

@@ -13,7 +13,7 @@ from torch.nn.functional import avg_pool2d, conv2d
 from neuropil.interpret.milan.encoder import RegionEncoder
 from neuropil.interpret.milan.estimator import MILAN
 from neuropil.interpret.milan.grammar import ATTRIBUTES, COLOURS
-from neuropil.interpret.milan.scenes import PERIOD, RGB, SIDE, Scenes, annotations, scenes, worn
+from neuropil.interpret.milan.scenes import PERIOD, RGB, SIDE, Scenes, annotate, scenes, worn
 from neuropil.training import fit, supervised
 
 WIDTHS = (8, 16, 32, 64, 64)
@@ -74,6 +74,8 @@ class Planted(nn.Module):
         *(frozenset({c, "striped"}) for c in COLOURS),
     )
 
+    wave: Tensor
+
     def __init__(self) -> None:
         super().__init__()
         self.units = nn.Identity()
@@ -102,7 +104,7 @@ def annotated(
     masks = worn(made.regions, seed)
     parts = zip(made.images.split(64), masks.split(64), strict=True)
     vectors = [encoder.regions(images, some) for images, some in parts]
-    said = annotations(made, count, seed, k)
+    said = annotate(made, count, seed, k)
     return torch.cat(vectors)[said.scene, said.region], said.sentences
 
 

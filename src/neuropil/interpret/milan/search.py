@@ -138,7 +138,8 @@ def search(
         lm.eval()
     try:
         state, look = captioner.start(keys), captioner.looker(keys)
-        step, first = look.step, state
+        step: Step = look.step
+        first = state
         if mi and lm is not None:
             step = mutual_information(look.step, lm.step, lam, len(state))
             first = (*state, *lm.start(len(keys)))
