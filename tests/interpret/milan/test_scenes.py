@@ -121,7 +121,7 @@ def test_planted_units_mean_what_they_are_said_to(made: Scenes) -> None:
 
 
 def test_a_small_captioner_learns_colours_and_is_kept(tmp_path: Path, made: Scenes) -> None:
-    milan = scene_captioner(tmp_path / "kept", count=400, sets=300, epochs=3, captioner_epochs=4)
+    milan = scene_captioner(tmp_path / "kept", count=500, sets=400, epochs=3, captioner_epochs=6)
     found = exemplars(Planted(), made.images, "units", units=range(7))
     said = milan.describe(found)
     colours = [mentioned(d.text) & set(COLOURS) for d in said]

@@ -10,7 +10,7 @@ the formula of up to three concepts with and, or, and-not, found by beam search.
 >>> [label.text for label in netdissect(units, concepts, ["red", "round", "small"])]
 ['round', 'small']
 >>> [label.text for label in compositional(units, concepts, ["red", "round", "small"])]
-['(red and round)', 'small']
+['(round and red)', 'small']
 """
 
 from __future__ import annotations
