@@ -15,10 +15,10 @@ def rows(wpmi: float, likely: float, label: float, text: float, chance: float, n
     jitter = (-noise, 0.0, noise)
     return [
         Row.of(claim.WPMI, claim.F1, [wpmi + j for j in jitter]),
-        Row.of(claim.LIKELY, claim.F1, [likely] * 3),
-        Row.of(claim.LABEL, claim.F1, [label] * 3),
+        Row.of(claim.LIKELY, claim.F1, [float(likely)] * 3),
+        Row.of(claim.LABEL, claim.F1, [float(label)] * 3),
         Row.of(claim.TEXT_OUT, claim.WRONG, [text + j for j in jitter]),
-        Row.of(claim.RANDOM_OUT, claim.WRONG, [chance] * 3),
+        Row.of(claim.RANDOM_OUT, claim.WRONG, [float(chance)] * 3),
     ]
 
 
