@@ -162,6 +162,17 @@ def test_a_captioner_is_its_equations() -> None:
     torch.testing.assert_close(attention[0, 0], a)
 
 
+def test_a_standardised_captioner_reads_vectors_of_any_scale() -> None:
+    net, keys = captioner(), draw(4, 5, 6)
+    captions = net.vocabulary.encode(["red ball", "blue", "box", "ball"], 5)
+    scaled = keys * torch.arange(1.0, 7) + 3
+    plain = (scaled - scaled.mean((0, 1))) / scaled.std((0, 1))
+    expected = net.score(plain, captions)
+    net.standardise(scaled)
+    torch.testing.assert_close(net.score(scaled, captions), expected)
+    torch.testing.assert_close(search(net, scaled, lam=0.0).given, search(captioner(), plain, lam=0.0).given)
+
+
 # --- the search ------------------------------------------------------------------------------------
 
 
