@@ -8,7 +8,10 @@ from torch import Tensor, nn
 
 from neuropil.atlas import Atlas
 from neuropil.interpret.milan import (
+    MILAN,
     Description,
+    ExemplarSet,
+    RegionEncoder,
     UnknownLayer,
     ablate,
     accuracy,
@@ -17,6 +20,7 @@ from neuropil.interpret.milan import (
     choose,
     compositional,
     described_columns,
+    description_columns,
     edit_spurious,
     exemplars,
     finetune_last,
@@ -348,3 +352,21 @@ def test_descriptions_are_columns_of_an_atlas(tmp_path: object) -> None:
     assert table["dead"].to_pylist() == dead
     scores = [None if d else 0.5 * i for i, d in zip((*range(4), *range(5)), dead, strict=True)]
     assert table["description_score"].to_pylist() == scores
+
+
+def test_columns_are_computed_when_a_site_is_asked_for() -> None:
+    module = net()
+    first, second = find_sites(module)
+    encoder = RegionEncoder(module, ["1", "3"])
+    found = exemplars(module, images(), first, k=3)
+    milan = MILAN(encoder, hidden=8, embedding=4, epochs=2, lm_epochs=2, beam=3, length=4)
+    milan.fit(found, ["red balls", "blue boxes"] * 2)
+    kept: dict[str, ExemplarSet] = {}
+    columns = description_columns(module, images(), milan, keep=kept, k=3)(second)
+    assert list(kept) == [second.name]
+    assert columns["dead"].to_pylist() == kept[second.name].dead.tolist()
+    said = milan.describe(kept[second.name])
+    assert columns["description"].to_pylist() == [d.text for d in said]
+    assert len(said) == 5
+    with pytest.raises(KeyError, match="was not described"):
+        described_columns({})(first)
