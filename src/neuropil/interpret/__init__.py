@@ -2,6 +2,7 @@
 
 from neuropil.interpret.compare import Comparison, compare
 from neuropil.interpret.decode import Decoder, decode
+from neuropil.interpret.milan import MILAN, ExemplarSet, exemplars
 from neuropil.interpret.prototype_explanation import Explanation, Reference
 from neuropil.interpret.prototype_images import ConvDecoder, ConvEncoder, ElasticDeformation
 from neuropil.interpret.prototype_network import PrototypeLayer, PrototypeNetwork
@@ -10,12 +11,14 @@ from neuropil.interpret.prototypes import PrototypeClassifier
 from neuropil.interpret.rows import Decoded, decode_rows
 
 __all__ = [
+    "MILAN",
     "Comparison",
     "ConvDecoder",
     "ConvEncoder",
     "Decoded",
     "Decoder",
     "ElasticDeformation",
+    "ExemplarSet",
     "Explanation",
     "PrototypeClassifier",
     "PrototypeLayer",
@@ -25,5 +28,6 @@ __all__ = [
     "compare",
     "decode",
     "decode_rows",
+    "exemplars",
     "prototype_quality",
 ]
