@@ -2,6 +2,7 @@
 
 from neuropil.interpret.compare import Comparison, compare
 from neuropil.interpret.decode import Decoder, decode
+from neuropil.interpret.diagrams import circuit_diagram
 from neuropil.interpret.rows import Decoded, decode_rows
 
-__all__ = ["Comparison", "Decoded", "Decoder", "compare", "decode", "decode_rows"]
+__all__ = ["Comparison", "Decoded", "Decoder", "circuit_diagram", "compare", "decode", "decode_rows"]
