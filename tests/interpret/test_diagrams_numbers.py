@@ -83,11 +83,10 @@ def test_causal_attention_is_that_of_torch() -> None:
 
 
 def test_multi_head_attention_is_that_of_torch() -> None:
-    y, x, m, k, h = 20, 22, 128, 16, 4
+    y, x, m, h = 20, 22, 128, 4
+    k = m // h  # torch's heads share the width out
     torch.manual_seed(0)
-    module = nn.MultiheadAttention(k * h, h, bias=False, batch_first=True, kdim=m, vdim=m)
-    module = nn.MultiheadAttention(m, h, bias=False, batch_first=True)  # head size m / h = 32
-    k = m // h
+    module = nn.MultiheadAttention(m, h, bias=False, batch_first=True)
     net = shipped.multi_head_attention(m, k, h).torch()
     with torch.no_grad():
         for name, part in zip("qkv", module.in_proj_weight.chunk(3), strict=True):
@@ -167,7 +166,9 @@ def test_heads_are_laid_out_as_said() -> None:
 
 
 def test_weights_are_shared_by_name_and_live_in_the_state() -> None:
-    twice = build("a=3", lambda x: linear("a -> b=3", "w", bias=False)(rename(b="a")(linear("a -> b=3", "w", bias=False)(x))))
+    twice = build(
+        "a=3", lambda x: linear("a -> b=3", "w", bias=False)(rename(b="a")(linear("a -> b=3", "w", bias=False)(x)))
+    )
     net = twice.torch(seed=1)
     assert [name for name, _ in net.named_parameters()] == ["w.weight"]
     x, w = torch.randn(3), net.weight("w.weight")

@@ -66,8 +66,9 @@ def vit() -> tuple[nn.Module, Any]:
 
 def swin() -> tuple[nn.Module, Any]:
     config = transformers.SwinConfig(
-        image_size=32, patch_size=4, embed_dim=8, depths=[2, 2], num_heads=[2, 2], window_size=4
-    )
+        image_size=32, patch_size=4, embed_dim=8, depths=[2, 2], num_heads=[2, 2], window_size=4,
+        attn_implementation="eager",
+    )  # fmt: skip
     return transformers.SwinForImageClassification(config), torch.randn(1, 3, 32, 32)
 
 
@@ -125,7 +126,7 @@ def test_shapes_are_those_that_hooks_see(traced: tuple[nn.Module, Any, Any]) -> 
     for handle in handles:
         handle.remove()
     compared = [name for name in circuit.modules if name in seen]
-    assert len(compared) > 3
+    assert len(compared) >= 3
     for name in compared:
         assert circuit.modules[name] == (seen[name],), name
 
@@ -152,7 +153,7 @@ def test_costs_are_those_counted(traced: tuple[nn.Module, Any, Any]) -> None:
 def test_drawings_and_files(traced: tuple[nn.Module, Any, Any]) -> None:
     import xml.etree.ElementTree as ET
 
-    _, example, circuit = traced
+    _, _, circuit = traced
     for depth in (1, 3):
         text = circuit.svg(depth=depth)
         assert text == circuit.svg(depth=depth)

@@ -1,9 +1,10 @@
 r"""Draw a network so that every axis, every broadcast and every cost can be read off the page, and run the drawing.
 
-A tensor is a bundle of wires, one an axis; a tuple of tensors stands one below another with dashed lines between; a box
-is a function; and a wire that runs past a box means that the function is applied for every index of it. A diagram is typed:
-boxes that do not fit are refused by the names and sizes of the axes. One diagram gives the picture (`svg`, `tikz`,
-`mermaid`, `describe`), the module (`torch`), its cost as a polynomial (`cost`) and its gradient (`backward`).
+A tensor is a bundle of wires, one an axis; a tuple of tensors stands one below another with dashed lines between; a
+box is a function; and a wire that runs past a box means that the function is applied for every index of it. A
+diagram is typed: boxes that do not fit are refused by the names and sizes of the axes. One diagram gives the
+picture (`svg`, `tikz`, `mermaid`, `describe`), the module (`torch`), its cost as a polynomial (`cost`) and its
+gradient (`backward`).
 
 >>> attention = build(
 ...     "y k h, x k h, x k h",

@@ -100,7 +100,9 @@ def transformer(m: int = 16, k: int = 4, h: int = 4, d: int = 32, layers: int = 
     return build(f"s=6 m={m}, t=5 m={m}", network)
 
 
-def square(to: tuple[str, str], size: int, stride: int = 1, padding: int = 0, of: tuple[str, str] = ("x", "y")) -> Windows:
+def square(
+    to: tuple[str, str], size: int, stride: int = 1, padding: int = 0, of: tuple[str, str] = ("x", "y")
+) -> Windows:
     """The same window on two axes."""
     return {old: Window(new, size, stride, padding) for old, new in zip(of, to, strict=True)}
 
@@ -206,7 +208,6 @@ def visual_attention(pixels: int = 12, channels: int = 33, k: int = 8, heads: in
         return rename(d="c")(conv_transpose(f"k h -> d={channels}", "o", back, bias=False)(grid))
 
     return build(f"c={channels} x={pixels} y={pixels}", network)
-
 
 
 SMALL: dict[str, Callable[[], Diagram]] = {

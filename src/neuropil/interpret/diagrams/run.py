@@ -347,6 +347,8 @@ def _aten(op: Op, given: Sequence[Tensor], like: Tensor) -> Any:
     """An operation of PyTorch as it was traced."""
     space, packet, overload = op.option("target").split(".")
     function = getattr(getattr(getattr(torch.ops, space), packet), overload)
+    if packet == "view":  # what made its input contiguous may have been left out
+        function = torch.ops.aten.reshape.default
     arguments = unfrozen(op.option("args"), given)
     found = function(*arguments, **dict(unfrozen(op.option("kwargs"), given)))
     return tuple(found) if isinstance(found, list | tuple) else found
