@@ -130,7 +130,7 @@ def test_inner_broadcasting() -> None:
     torch.testing.assert_close(found, torch.vmap(function, (0, None), 0)(x, d), rtol=0, atol=1e-6)
 
 
-# --------------------------------------------------------------------------------------------- 3, 4: laws of composition
+# -------------------------------------------------------------------------------------------- 3, 4: laws of composition
 
 
 def pieces() -> tuple[Diagram, Diagram, Diagram, Diagram]:

@@ -166,9 +166,8 @@ def test_heads_are_laid_out_as_said() -> None:
 
 
 def test_weights_are_shared_by_name_and_live_in_the_state() -> None:
-    twice = build(
-        "a=3", lambda x: linear("a -> b=3", "w", bias=False)(rename(b="a")(linear("a -> b=3", "w", bias=False)(x)))
-    )
+    once = linear("a -> b=3", "w", bias=False)
+    twice = build("a=3", lambda x: once(rename(b="a")(once(x))))
     net = twice.torch(seed=1)
     assert [name for name, _ in net.named_parameters()] == ["w.weight"]
     x, w = torch.randn(3), net.weight("w.weight")
@@ -275,7 +274,7 @@ def test_backward_costs_about_twice_the_forward_pass() -> None:
         assert 2 * forward <= both <= 2 * forward + again
 
 
-# --------------------------------------------------------------------------------------------------------- 10, 11: costs
+# -------------------------------------------------------------------------------------------------------- 10, 11: costs
 
 
 @pytest.mark.parametrize("name", SMALL)

@@ -295,7 +295,7 @@ PROGRAMS = (
         ("softmax over queries", "softmax over heads", "scale missing", "scale by heads", "softmax missing",
          "contracts heads instead of keys", "keys and values swapped", "sums over queries",
          "queries and keys swapped"),
-        lambda pick: {"y": pick(4, 6, 8), "x": pick(4, 6, 8), "k": pick(2, 4, 8), "h": pick(2, 4)},
+        lambda pick: {"y": pick(4, 6, 8), "x": pick(4, 6, 8), "k": pick(4, 8), "h": pick(2, 6)},
         attention_diagram,
         attention_torch,
     ),

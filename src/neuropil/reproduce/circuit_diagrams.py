@@ -54,6 +54,7 @@ NOTES = (
     "operations, of parameters or of memory at the cuts differ from those of the right diagram.",
     "Each seed draws the sizes of all axes; two axes may have one size, and then a check of shapes cannot tell them "
     "apart where one of names can.",
+    "Diagrams are checked in symbols, so their share does not depend on the sizes and has no spread.",
     "No check of types sees a wrong axis of a softmax, a wrong number or a wrong order of two arguments of one type.",
 )
 SEEDS: dict[Scale, tuple[int, ...]] = {"smoke": (0,), "default": (0, 1, 2, 3, 4), "paper": tuple(range(10))}

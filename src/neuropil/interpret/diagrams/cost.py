@@ -135,11 +135,15 @@ def _memory(flat: Diagram, alive: Iterable[int]) -> Size:
 
 # ------------------------------------------------------------------------------------------- operations of PyTorch
 
-PRODUCTS = {"linear", "matmul", "mm", "bmm", "addmm", "baddbmm", "einsum", "attention", "conv1d", "conv2d", "conv3d",
-            "convolution", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d"}  # fmt: skip
-FREE = {"view", "reshape", "transpose", "permute", "expand", "unsqueeze", "squeeze", "slice", "select", "split",
-        "chunk", "flatten", "unflatten", "cat", "stack", "embedding", "t", "roll", "pad", "to", "arange", "full", "clone",
-        "unbind", "index", "index_select", "ones", "zeros", "alias", "contiguous"}  # fmt: skip
+PRODUCTS = {
+    "linear", "matmul", "mm", "bmm", "addmm", "baddbmm", "einsum", "attention", "conv1d", "conv2d", "conv3d",
+    "convolution", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d",
+}  # fmt: skip
+FREE = {
+    "view", "reshape", "transpose", "permute", "expand", "unsqueeze", "squeeze", "slice", "select", "split",
+    "chunk", "flatten", "unflatten", "cat", "stack", "embedding", "t", "roll", "pad", "to", "arange", "full",
+    "clone", "unbind", "index", "index_select", "ones", "zeros", "alias", "contiguous",
+}  # fmt: skip
 
 
 def _of_aten(op: Op) -> Size:

@@ -13,9 +13,12 @@ from typing import Any
 
 import torch
 
-SAME = {"softmax", "layer_norm", "batch_norm", "group_norm", "rms_norm", "dropout", "native_layer_norm",
-        "instance_norm", "_safe_softmax", "log_softmax", "native_dropout", "cumsum", "roll", "flip", "detach", "clone", "to",
-        "contiguous", "alias", "feature_dropout", "alpha_dropout", "gelu", "where", "masked_fill", "pow", "hardtanh"}  # fmt: skip
+SAME = {
+    "softmax", "layer_norm", "batch_norm", "group_norm", "rms_norm", "dropout", "native_layer_norm",
+    "instance_norm", "_safe_softmax", "log_softmax", "native_dropout", "cumsum", "roll", "flip", "detach",
+    "clone", "to", "contiguous", "alias", "feature_dropout", "alpha_dropout", "gelu", "where", "masked_fill",
+    "pow", "hardtanh",
+}  # fmt: skip
 
 
 class Dims:
