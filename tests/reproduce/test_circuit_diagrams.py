@@ -15,7 +15,7 @@ from neuropil.reproduce.harness import Meter
 
 def rows(types: float, costs: float, peer: float, flops: float = 0.0, gradient: float = 1e-12) -> list[Row]:
     jitter = (-1.0, 0.0, 1.0)
-    means = {check: 50.0 for check in reproduction.CHECKS}
+    means = dict.fromkeys(reproduction.CHECKS, 50.0)
     means |= {reproduction.TYPES: types, reproduction.COSTS: costs, reproduction.NUMBERS: 100.0}
     out = [Row.of(name, reproduction.CAUGHT, [mean] * 3) for name, mean in means.items()]
     out = [r for r in out if r.name != reproduction.JAXTYPING]

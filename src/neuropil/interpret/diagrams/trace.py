@@ -29,6 +29,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from neuropil._inputs import model_inputs
 from neuropil.errors import ModelError
@@ -98,12 +99,15 @@ class Circuit:
     def simulated(self) -> np.ndarray:
         from torch.utils.flop_counter import FlopCounterMode
 
-        seen: dict[str, int] = {}
+        seen: dict[str, list[tuple[int, ...]]] = {}
         counter = FlopCounterMode(display=False)
         with _evaluating(self.model), _watched(self.model, seen), torch.no_grad(), counter:
             self._export.run(self.model)
         trained = {id(p): p.numel() for p in self.model.parameters() if p.requires_grad}
-        sizes = [seen.get(path.partition("@")[0], 0) for path in self.modules]
+        sizes = []
+        for path, (shape,) in self.modules.items():
+            given = seen.get(path.partition("@")[0], [()])  # of several, the one that is read on
+            sizes.append(_numbers(shape if shape in given else given[0]))
         return np.array([counter.get_total_flops(), sum(trained.values()), *sizes])
 
 
@@ -191,14 +195,14 @@ def _evaluating(module: nn.Module) -> Any:
 
 
 @contextmanager
-def _watched(module: nn.Module, seen: dict[str, int]) -> Any:
-    """Writes down how many numbers each module gives."""
+def _watched(module: nn.Module, seen: dict[str, list[tuple[int, ...]]]) -> Any:
+    """Writes down the shapes that each module gives."""
 
     def hook(path: str) -> Callable[..., None]:
         def note(_: nn.Module, __: Any, out: Any) -> None:
-            first = next((x for x in torch.utils._pytree.tree_leaves(out) if isinstance(x, Tensor)), None)
-            if first is not None:
-                seen.setdefault(path, first.numel())
+            shapes = [tuple(x.shape) for x in pytree.tree_leaves(out) if isinstance(x, Tensor)]
+            if shapes:
+                seen.setdefault(path, shapes)
 
         return note
 
