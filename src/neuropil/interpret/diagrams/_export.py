@@ -176,7 +176,7 @@ def _standing_in(
     parts = {name: module.get_submodule(name) for name in names if name}
     try:
         for name, part in parts.items():
-            part.forward = _stand_in(name, seen[name])  # type: ignore[method-assign]
+            part.forward = _stand_in(name, seen[name])
         yield
     finally:
         for part in parts.values():

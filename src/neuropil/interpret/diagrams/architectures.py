@@ -177,11 +177,11 @@ def unet(pixels: int = 16, base: int = 4, levels: int = 2, classes: int = 2) -> 
             x = double(x, base * 2**n, f"down{n}")
             kept.append(x)
             here = x.array.names[1:]
-            x = max_pool(square((f"x{n + 1}", f"y{n + 1}"), 2, 2, 0, here))(x)  # type: ignore[arg-type]
+            x = max_pool(square((f"x{n + 1}", f"y{n + 1}"), 2, 2, 0, here))(x)
         x = double(x, base * 2**levels, "bottom")
         for n in reversed(range(levels)):
             here, there = x.array.names[1:], kept[n].array.names[1:]
-            windows = square(there, 2, 2, 0, here)  # type: ignore[arg-type]
+            windows = square(there, 2, 2, 0, here)
             x = conv_transpose(f"{x.array.names[0]} -> u{n}={base * 2**n}", f"up{n}.grow", windows)(x)
             x = double(concat(f"j{n}")(kept[n], x), base * 2**n, f"up{n}")
         return conv(f"{x.array.names[0]} -> out={classes}", "classify", {})(x)

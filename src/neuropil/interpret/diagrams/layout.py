@@ -129,7 +129,7 @@ def _ready(left: Sequence[Step], live: set[int], absorbed: dict[int, Step]) -> l
 
     sources = {s.outs[0]: s for s in left if not {i for i in s.ins if i not in absorbed} and s.outs}
     chosen = [s for s in left if not needs(s) and s.outs[0] not in sources]
-    wanted = {i for s in left for i in [needs(s)] if i and i <= sources.keys() for i in i}
+    wanted = {w for s in left if (missing := needs(s)) and missing <= sources.keys() for w in missing}
     return [*chosen, *(s for w, s in sources.items() if w in wanted or not chosen)]
 
 

@@ -65,7 +65,7 @@ class Compiled(nn.Module):
         home: Any = self
         for part in name.split("."):
             home = getattr(home, part)
-        return home  # type: ignore[no-any-return]
+        return home
 
     def forward(self, *inputs: Tensor) -> Any:
         key = tuple(x.shape for x in inputs)
@@ -199,12 +199,12 @@ def function_of(name: str) -> Callable[..., Tensor]:
     base, prime, argument = name.partition("'")
     if not prime:
         text = FUNCTIONS[base].code.format("a", "b", n="n")
-        return eval(f"lambda n, a, b=None: {text}", {"torch": torch, "F": nn.functional})  # type: ignore[no-any-return]
+        return eval(f"lambda n, a, b=None: {text}", {"torch": torch, "F": nn.functional})
     used = reads(base, int(argument))
     names = {"0": "a", "1": "b", "y": "y"}
     text = FUNCTIONS[base].slopes[int(argument)].format("a", "b", g="g", y="y", n="n")
     arguments = ", ".join([*(names[key] for key in used), "g"])
-    return eval(f"lambda n, {arguments}: {text}", {"torch": torch, "F": nn.functional})  # type: ignore[no-any-return]
+    return eval(f"lambda n, {arguments}: {text}", {"torch": torch, "F": nn.functional})
 
 
 def _elementwise(op: Op, given: Sequence[Tensor], like: Tensor) -> Tensor:
@@ -294,7 +294,7 @@ def _lookup_back(op: Op, given: Sequence[Tensor], like: Tensor) -> Tensor:
 
 def _constant(op: Op, given: Sequence[Tensor], like: Tensor) -> Tensor:
     shape = _shape(op.cod[0], f"constant {op.name!r}")
-    made = {"dtype": like.dtype, "device": like.device}
+    made: dict[str, Any] = {"dtype": like.dtype, "device": like.device}
     if op.name == "eye":
         return torch.eye(*shape, **made)
     if op.name == "causal":
