@@ -327,10 +327,16 @@ def test_a_module_called_twice() -> None:
     assert circuit.cost().parameters == 20
 
 
+def test_a_single_layer() -> None:
+    """Whose weight is called `weight`, without a module around it."""
+    module, x = nn.Linear(3, 2), torch.randn(4, 3)
+    assert torch.equal(circuit_diagram(module, x).torch()(x), module(x))
+
+
 def test_the_model_is_not_copied() -> None:
     module, example = mlp()
     circuit = circuit_diagram(module, example)
-    assert circuit.torch().weight("0.weight") is module.get_parameter("0.weight")
+    assert circuit.torch().value_of("0.weight") is module.get_parameter("0.weight")
     other = copy.deepcopy(module)
     assert torch.equal(other.get_parameter("0.weight"), module.get_parameter("0.weight"))
 

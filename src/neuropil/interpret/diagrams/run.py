@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from neuropil.interpret.diagrams.axes import Array, Axis, DiagramError, symbol
+from neuropil.interpret.diagrams.axes import Array, DiagramError, symbol
 from neuropil.interpret.diagrams.core import Diagram, Op
 from neuropil.interpret.diagrams.functions import FUNCTIONS, reads
 
@@ -39,7 +39,6 @@ class Compiled(nn.Module):
         super().__init__()
         self._flat = diagram.flat()
         self._calls = dict(modules or {})
-        self._names: dict[str, str] = {}  # of each weight in the diagram, where this module keeps it
         self._sized: dict[tuple[torch.Size, ...], Diagram] = {}
         generator = torch.Generator().manual_seed(seed)
         for name, op in weights_of(self._flat).items():
@@ -52,16 +51,16 @@ class Compiled(nn.Module):
         *path, last = name.split(".")
         home: nn.Module = self
         for part in path:
-            if not hasattr(home, part):
+            if part not in home._modules:
                 home.add_module(part, nn.Module())
-            home = getattr(home, part)
+            home = home.get_submodule(part)
         if isinstance(value, nn.Parameter) or (trainable and value.is_floating_point()):
             home.register_parameter(last, value if isinstance(value, nn.Parameter) else nn.Parameter(value))
         else:
             home.register_buffer(last, value)
-        self._names[name] = name
 
-    def weight(self, name: str) -> Tensor:
+    def value_of(self, name: str) -> Tensor:
+        """The weight of this dotted name."""
         home: Any = self
         for part in name.split("."):
             home = getattr(home, part)
@@ -91,7 +90,7 @@ class Compiled(nn.Module):
 
     def _run(self, op: Op, given: Sequence[Tensor], like: Tensor) -> Any:
         if op.kind == "weight":
-            return self.weight(op.name.removeprefix("/"))
+            return self.value_of(op.name.removeprefix("/"))
         if op.kind == "opaque":
             return self._calls[op.name.removeprefix("/")](*given)
         return evaluate(op, given, like)
@@ -388,4 +387,4 @@ EVALUATE: dict[str, Callable[[Op, Sequence[Tensor], Tensor], Any]] = {
     "aten": _aten,
 }
 
-__all__ = ["Axis", "Compiled", "evaluate", "function_of", "lifted", "sizes_from", "unfrozen", "weights_of"]
+__all__ = ["Compiled", "evaluate", "function_of", "lifted", "sizes_from", "unfrozen", "weights_of"]
