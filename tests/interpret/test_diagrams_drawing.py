@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 import xml.etree.ElementTree as ET
 from collections.abc import Callable
@@ -26,6 +27,7 @@ DRAWN: dict[str, Callable[[], Diagram]] = {
 }
 
 
+@functools.cache
 def drawing(name: str, depth: int) -> Drawing:
     return draw(folded(DRAWN[name]()), lambda module, level: level < depth)
 
@@ -41,19 +43,17 @@ def layers(count: int) -> Diagram:
 # ------------------------------------------------------------------------------------------------------- geometry
 
 
-@pytest.mark.parametrize("depth", [1, 3])
+@pytest.mark.parametrize("depth", [1, 2])
 @pytest.mark.parametrize("name", DRAWN)
 def test_no_texts_overlap(name: str, depth: int) -> None:
-    labels = [shape for shape in drawing(name, depth).walk() if isinstance(shape, Label)]
+    labels = [(*shape.bounds, shape.text) for shape in drawing(name, depth).walk() if isinstance(shape, Label)]
     assert labels
-    for a, b in combinations(labels, 2):
-        left, top, right, bottom = a.bounds
-        x0, y0, x1, y1 = b.bounds
+    for (left, top, right, bottom, text), (x0, y0, x1, y1, other) in combinations(labels, 2):
         apart = right <= x0 + 0.01 or x1 <= left + 0.01 or bottom <= y0 + 0.01 or y1 <= top + 0.01
-        assert apart, f"{a.text!r} at {a.bounds} over {b.text!r} at {b.bounds}"
+        assert apart, f"{text!r} at {left, top} over {other!r} at {x0, y0}"
 
 
-@pytest.mark.parametrize("depth", [1, 3])
+@pytest.mark.parametrize("depth", [1, 2])
 @pytest.mark.parametrize("name", DRAWN)
 def test_everything_is_on_the_sheet(name: str, depth: int) -> None:
     made = drawing(name, depth)
@@ -90,7 +90,7 @@ def crosses(a: Path, b: Path) -> bool:
     return begin * end < -0.5
 
 
-@pytest.mark.parametrize("depth", [1, 3])
+@pytest.mark.parametrize("depth", [1, 2])
 @pytest.mark.parametrize("name", DRAWN)
 def test_wires_cross_only_in_swaps(name: str, depth: int) -> None:
     wires = [
@@ -98,7 +98,12 @@ def test_wires_cross_only_in_swaps(name: str, depth: int) -> None:
         for shape in drawing(name, depth).walk()
         if isinstance(shape, Path) and shape.style in ("wire", "unit") and not shape.swap
     ]
-    assert not [(a, b) for a, b in combinations(wires, 2) if crosses(a, b)]
+    wires.sort(key=lambda path: path.points[0][0])
+    for number, a in enumerate(wires):
+        for b in wires[number + 1 :]:
+            if b.points[0][0] > a.points[-1][0]:
+                break
+            assert not crosses(a, b), f"{a} over {b}"
 
 
 def test_a_swap_is_seen() -> None:
@@ -109,7 +114,7 @@ def test_a_swap_is_seen() -> None:
 
 @pytest.mark.parametrize("name", DRAWN)
 def test_every_axis_is_labelled(name: str) -> None:
-    made = drawing(name, 3)
+    made = drawing(name, 2)
     wires = {shape.axis for shape in made.walk() if isinstance(shape, Path) and shape.axis}
     labels = {shape.text for shape in made.walk() if isinstance(shape, Label) and shape.style == "axis"}
     assert wires <= labels
@@ -117,7 +122,7 @@ def test_every_axis_is_labelled(name: str) -> None:
 
 @pytest.mark.parametrize("name", DRAWN)
 def test_every_box_is_in_a_group_that_says_what_it_is(name: str) -> None:
-    made = drawing(name, 3)
+    made = drawing(name, 2)
 
     def loose(shapes: tuple[object, ...]) -> list[object]:
         return [s for s in shapes if isinstance(s, Rect)]

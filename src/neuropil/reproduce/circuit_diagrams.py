@@ -56,9 +56,9 @@ NOTES = (
     "apart where one of names can.",
     "Diagrams are checked in symbols, so their share does not depend on the sizes and has no spread.",
     "Likely reason that types find no more than annotations: most of these faults keep every type. A softmax over "
-    "another axis, a wrong number, two arguments of one type in the wrong order are well typed for both; and a box that "
-    "runs over all axes it does not name takes an array that the annotation of its result would have refused (a mean "
-    "over another axis, a stride). The costs find those: they are what the diagram adds to annotations.",
+    "another axis, a wrong number, two arguments of one type in the wrong order are well typed for both; and a box "
+    "that runs over all axes it does not name takes an array that the annotation of its result would have refused (a "
+    "mean over another axis, a stride). The costs find those: they are what the diagram adds to annotations.",
     "What the numbers miss is no fault at these sizes: where a head has as many numbers as there are heads, say, both "
     "layouts of the heads are one.",
 )
