@@ -1,4 +1,4 @@
-"""Forty-three faults in five small networks, each written in the language of diagrams and in PyTorch.
+"""Forty-two faults in five small networks, each written in the language of diagrams and in PyTorch.
 
 A program takes the name of one of its faults, or none. In PyTorch every intermediate result is annotated by a call
 of `see` with the axes that it should have, which is what jaxtyping checks; sizes come from the seed, and two axes
@@ -242,13 +242,10 @@ def norm_torch(bug: str, w: Weights, inputs: tuple[Tensor, ...], see: See) -> Te
 
 def conv_diagram(bug: str, n: dict[str, Any]) -> Diagram:
     def program(image: Any) -> Any:
-        x = image
-        if bug == "picture transposed":
-            x = transpose("c y x")(x)
         stride = 1 if bug == "stride 1 instead of 2" else 2
         padding = 0 if bug == "padding missing" else 2 if bug == "dilated" else 1
         window = {a: Window(f"{a}1", 3, stride, padding, 2 if bug == "dilated" else 1) for a in "xy"}
-        first = conv(f"c -> d={n['d']}", "conv1", window, bias=False)(x)
+        first = conv(f"c -> d={n['d']}", "conv1", window, bias=False)(image)
         fresh = relu(first)
         same = {a: Window(a, 3, 1, 1) for a in ("x1", "y1")}
         name = "conv2"
@@ -269,8 +266,6 @@ def conv_diagram(bug: str, n: dict[str, Any]) -> Diagram:
 
 def conv_torch(bug: str, w: Weights, inputs: tuple[Tensor, ...], see: See) -> Tensor:
     x = see(inputs[0], "c x y")
-    if bug == "picture transposed":
-        x = see(x.transpose(1, 2), "c x y")
     padding = 0 if bug == "padding missing" else 2 if bug == "dilated" else 1
     stride = 1 if bug == "stride 1 instead of 2" else 2
     first = F.conv2d(x[None], w["conv1.weight"], None, stride, padding, 2 if bug == "dilated" else 1)[0]
@@ -328,7 +323,7 @@ PROGRAMS = (
     ),
     Program(
         "convolutions",
-        ("stride 1 instead of 2", "padding missing", "dilated", "picture transposed", "gain along x", "skip missing",
+        ("stride 1 instead of 2", "padding missing", "dilated", "gain along x", "skip missing",
          "skip after the activation", "mean instead of maximum", "mean over one axis", "flattened in another order"),
         lambda pick: {"c": pick(1, 3), "d": pick(4, 8), "x": pick(8, 16), "y": pick(8, 16), "o": 5},
         conv_diagram,
