@@ -37,6 +37,7 @@ ORDER = [
     "compare",
     "compress",
     "coverage",
+    "diagram",
     "law",
     "papers",
     "reproduce",

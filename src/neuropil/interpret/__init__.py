@@ -2,6 +2,7 @@
 
 from neuropil.interpret.compare import Comparison, compare
 from neuropil.interpret.decode import Decoder, decode
+from neuropil.interpret.diagrams import circuit_diagram
 from neuropil.interpret.milan import MILAN, ExemplarSet, exemplars
 from neuropil.interpret.prototype_explanation import Explanation, Reference
 from neuropil.interpret.prototype_images import ConvDecoder, ConvEncoder, ElasticDeformation
@@ -25,6 +26,7 @@ __all__ = [
     "PrototypeNetwork",
     "PrototypeQuality",
     "Reference",
+    "circuit_diagram",
     "compare",
     "decode",
     "decode_rows",
