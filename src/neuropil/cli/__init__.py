@@ -12,7 +12,7 @@ import sys
 from neuropil.cli.app import INTERRUPTED, app
 
 # Importing a module registers its commands.
-from neuropil.cli import (
+from neuropil.cli import (  # noqa: F401  isort: skip
     atlas,
     clamp,
     compare,
@@ -25,7 +25,7 @@ from neuropil.cli import (
     papers,
     reproduce,
     show,
-)  # noqa: F401  isort: skip
+)
 
 __all__ = ["app", "main"]
 
