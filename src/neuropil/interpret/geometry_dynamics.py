@@ -30,7 +30,7 @@ from torch import Tensor
 
 from neuropil.interpret.geometry_networks import Networks, Nonlinearity, losses, nonlinearity
 
-POINTS = 400  # of the grid on which expectations over two pre-activations are taken, along each
+POINTS = 240  # of the grid on which expectations over two pre-activations are taken, along each
 REACH = 6.0  # standard deviations
 
 
@@ -127,22 +127,27 @@ def trajectories(
 # ------------------------------------------------------------------------------------------------- the prediction
 
 
-def derivative_kernel(K: Float[np.ndarray, "n n"], f: Nonlinearity | str) -> Float[np.ndarray, "n n"]:
-    """E[f'(a_i) f'(a_j)] for Gaussian pre-activations a of mean 0 and covariance K, on a fine grid.
+def derivative_kernel(
+    K: Float[np.ndarray, "n n"], f: Nonlinearity | str, noise: float = 0.0
+) -> Float[np.ndarray, "n n"]:
+    """E[f'(a_i) f'(a_j)] for Gaussian pre-activations a of mean 0 and covariance K, by sums over a fine grid.
 
-    For ReLU it is 1/4 + arcsin(correlation) / (2 pi).
+    `noise` is a variance that each pre-activation has on its own, also two of the same condition. For ReLU without it
+    an entry is 1/4 + arcsin(correlation) / (2 pi).
     """
     f = nonlinearity(f)
-    size = np.sqrt(np.diag(K))
+    size = np.sqrt(np.diag(K) + noise)
     line = (torch.arange(POINTS, dtype=torch.float64) + 0.5) * (2 * REACH / POINTS) - REACH
     mass = torch.exp(-line.square() / 2)
     mass = mass / mass.sum()
     out = np.empty_like(K)
     for i in range(len(K)):
         own = f.derivative(size[i] * line)
-        out[i, i] = float(mass @ own.square())
-        for j in range(i):
+        for j in range(i + 1):
             rho = float(np.clip(K[i, j] / max(size[i] * size[j], 1e-300), -1, 1))
+            if i == j and rho > 1 - 1e-12:
+                out[i, i] = float(mass @ own.square())
+                continue
             other = f.derivative(size[j] * (rho * line[:, None] + math.sqrt(1 - rho**2) * line))
             out[i, j] = out[j, i] = float((mass * own) @ (other @ mass))
     return out
@@ -153,21 +158,24 @@ def label_share(
     labels: Bool[np.ndarray, "n k"],
     f: Nonlinearity | str,
     *,
+    noise: float = 0.0,
     scale: float = 1.0,
     bias: bool = True,
 ) -> float:
     r"""Share of the first movement of a layer's weights that lies in the directions of the labels, from 0 to 1.
 
-    For weights of variance $scale^2/(3d)$ (those of `Networks`), offsets of variance 1/(3d), and output weights that
-    are independent of one another.
+    For the initial weights of `Networks` (variance $scale^2/(3d)$, offsets too) and output weights that are
+    independent of one another; `noise` is the inputs' standard deviation around their means. NaN where no neuron
+    can be active.
     """
     x, errors = np.asarray(means, dtype=np.float64), labels.astype(np.float64) - 0.5
-    K = x @ x.T
-    slopes = derivative_kernel((scale**2 * K + bias) / (3 * x.shape[1]), f)
+    K, variance = x @ x.T, scale**2 / (3 * x.shape[1])
+    slopes = derivative_kernel(variance * (K + bias), f, variance * noise**2 * x.shape[1])
     basis = _span(x, errors)
     pairs = (errors @ errors.T) * slopes
     inside = x @ basis
-    return float((pairs * (inside @ inside.T)).sum() / (pairs * K).sum())
+    whole = float((pairs * K).sum())
+    return float((pairs * (inside @ inside.T)).sum()) / whole if whole > 0 else math.nan
 
 
 def measured_label_share(
