@@ -204,7 +204,8 @@ def moved_share(
     shares = []
     for change, x, y in zip(moved, means, labels, strict=True):
         inside = change @ _span(x, y.astype(np.float64) - 0.5)
-        shares.append(float((inside**2).sum() / (change**2).sum()))
+        whole = float((change**2).sum())
+        shares.append(float((inside**2).sum()) / whole if whole > 0 else math.nan)
     return np.array(shares)
 
 

@@ -284,8 +284,8 @@ def ccgp_splits(
             out[chosen.tobytes()] = chosen
         return np.stack(list(out.values()))
     while len(out) < most:
-        way = [rng.permutation(s)[: len(s) // 2] for s in sides]
-        chosen = np.isin(np.arange(len(dichotomy)), np.concatenate(way))
+        drawn = [rng.permutation(s)[: len(s) // 2] for s in sides]
+        chosen = np.isin(np.arange(len(dichotomy)), np.concatenate(drawn))
         out.setdefault(chosen.tobytes(), chosen)
     return np.stack(list(out.values()))
 

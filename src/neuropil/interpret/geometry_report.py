@@ -187,7 +187,7 @@ def _conditions(table: dict[str, np.ndarray], least: int) -> tuple[tuple[str, ..
         return ", ".join(str(level[i]) for level, i in zip(levels, np.unravel_index(at, shape), strict=True))
 
     missing = np.flatnonzero(counts < max(least, 1))
-    return tuple(map(name, there)), place[flat], tuple(map(name, missing))
+    return tuple(map(name, there.tolist())), place[flat], tuple(map(name, missing.tolist()))
 
 
 def _binary(values: np.ndarray) -> bool:
@@ -215,7 +215,7 @@ def _sides(
     drawn = dichotomies(n, None if count <= most else most, seed)
     known = {side.tobytes() for side in own.values()} | {(~side).tobytes() for side in own.values()}
     others = [side for side in drawn if side.tobytes() not in known]
-    labels = [*own, *(" | ".join(names[i] for i in np.flatnonzero(side)) for side in others)]
+    labels = [*own, *(" | ".join(names[i] for i in np.flatnonzero(side).tolist()) for side in others)]
     return np.stack([*own.values(), *others]), labels
 
 
