@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import itertools
 import math
-import tempfile
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -57,7 +56,7 @@ from neuropil.interpret.geometry_metrics import (
 from neuropil.interpret.geometry_networks import IDENTITY, RELU, TANH, Networks, train, with_gradient
 from neuropil.interpret.geometry_report import MissingConditions
 from neuropil.interpret.geometry_tasks import aligned, epsilon_xor, unstructured, walsh
-from neuropil.models import load
+from neuropil.neurons import find_sites
 
 BITS = np.array(list(itertools.product((0, 1), repeat=2)))
 B1, B2, XOR = dichotomies(4)
@@ -371,9 +370,10 @@ PLAIN = [f for name, f in networks.NONLINEARITIES.items() if "gradient" not in n
 def test_derivatives_are_those_of_autograd(f: networks.Nonlinearity) -> None:
     x = POINTS.clone().requires_grad_()
     (expected,) = torch.autograd.grad(f.forward(x).sum(), [x])
-    torch.testing.assert_close(f.derivative(POINTS), expected, rtol=1e-10, atol=1e-10)
+    # torch's softplus is x itself from beta x = 20 on, where its slope differs from 1 by 2e-9.
+    torch.testing.assert_close(f.derivative(POINTS), expected, rtol=1e-8, atol=1e-8)
     (used,) = torch.autograd.grad(f(x).sum(), [x])
-    torch.testing.assert_close(used, expected, rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(used, expected, rtol=1e-8, atol=1e-8)
 
 
 def test_nonlinearities_have_their_limits() -> None:
@@ -687,14 +687,14 @@ def test_more_conditions_than_can_be_listed_are_sampled() -> None:
 @pytest.mark.parametrize("null", ["rotate", "shuffle"])
 def test_p_values_tell_structure_from_none(null: str) -> None:
     z, design = recording([8, 8, 8, 8], noise=0.3)
-    found = geometry_report(z, design, shuffles=39, null=null)
+    found = geometry_report(z, design, shuffles=19, null=null)
     shape = found.table.to_pylist()[0]
     assert max(shape["p_parallelism"], shape["p_ccgp"], shape["p_decodability"]) <= 0.1
-    assert min(shape["p_parallelism"], shape["p_ccgp"], shape["p_decodability"]) >= 1 / 40
+    assert min(shape["p_parallelism"], shape["p_ccgp"], shape["p_decodability"]) >= 1 / 20
     assert 0 < found.p_target_alignment <= 1
-    again = geometry_report(z, design, shuffles=39, null=null)
+    again = geometry_report(z, design, shuffles=19, null=null)
     assert again.table.equals(found.table)
-    noise = geometry_report(gaussian(32, 6, 3), design, shuffles=39, null=null)
+    noise = geometry_report(gaussian(32, 6, 3), design, shuffles=19, null=null)
     assert np.mean(noise.table["p_decodability"].to_numpy()) > 0.1
 
 
@@ -795,7 +795,7 @@ def test_columns_add_up_to_the_alignment_of_the_layer() -> None:
     with torch.no_grad():
         net[0].weight[4] = 0.0  # a neuron that never changes
     columns = geometry_columns(net, x, condition.numpy(), 2 * y.numpy() - 1, "xor", batch_size=32)
-    found = columns(load(net).sites[0])
+    found = columns(find_sites(net)[0])
     assert set(found) == {"xor_target", "xor_alone", "xor_condition", "xor_selectivity"}
     h = torch.tanh(net[0](x)).detach().double().numpy()
     means = np.stack([h[condition == c].mean(0) for c in range(4)])
@@ -805,11 +805,26 @@ def test_columns_add_up_to_the_alignment_of_the_layer() -> None:
     np.testing.assert_array_equal(found["xor_condition"], means.argmax(0))
     assert torch.isnan(found["xor_alone"][4])
     assert torch.isnan(found["xor_selectivity"][4])
-    with tempfile.TemporaryDirectory() as folder, Atlas.create(Path(folder) / "atlas", load(net)) as atlas:
+
+
+def test_columns_stand_in_an_atlas(tmp_path: Path) -> None:
+    net = small()
+
+    class Mapped:
+        name, fingerprint, architecture, sites = "net", "00ff", "Sequential", find_sites(net)
+
+        def tokens(self) -> list[str]:
+            return []
+
+    x = torch.from_numpy(gaussian(12, 6)).float()
+    columns = geometry_columns(net, x, list("abcd") * 3, [1, 1, -1, -1] * 3)
+    with Atlas.create(tmp_path / "atlas", Mapped()) as atlas:
         atlas.add("geometry", columns, progress=False)
-        [row] = atlas.query("SELECT count(*) n, sum(xor_target) s FROM neurons WHERE site = 0").to_pylist()
-    assert row["n"] == 9
-    assert row["s"] == pytest.approx(float(found["xor_target"].sum()))
+        rows = atlas.query("SELECT site, count(*) n, sum(geometry_target) s FROM neurons GROUP BY site").to_pylist()
+    found = {row["site"]: (row["n"], row["s"]) for row in rows}
+    assert [found[i][0] for i in (0, 1)] == [9, 5]
+    for site in find_sites(net):
+        assert found[site.number][1] == pytest.approx(float(columns(site)["geometry_target"].sum()))
 
 
 def test_selectivity_of_known_neurons() -> None:
@@ -817,7 +832,7 @@ def test_selectivity_of_known_neurons() -> None:
     with torch.no_grad():
         net[0].weight[:] = torch.tensor([[0, 0, 1.0, 0], [1, 1, 0, 0], [3, 3, 3, 2.0]])
     x = torch.eye(4)
-    found = geometry_columns(net, x, list("abcd"), [1, 1, -1, -1])(load(net).sites[0])
+    found = geometry_columns(net, x, list("abcd"), [1, 1, -1, -1])(find_sites(net)[0])
     assert found["geometry_selectivity"].tolist() == pytest.approx([1, 2 / 3, 1 / 3], abs=1e-6)
     assert found["geometry_condition"].tolist()[0] == 2
     assert found["geometry_alone"].tolist()[1] == pytest.approx(1)

@@ -30,7 +30,7 @@ from torch import Tensor
 
 from neuropil.interpret.geometry_networks import Networks, Nonlinearity, losses, nonlinearity
 
-POINTS = 240  # of the grid on which expectations over two pre-activations are taken, along each
+POINTS = (240, 331)  # of the grid on which expectations over two pre-activations are taken
 REACH = 6.0  # standard deviations
 
 
@@ -137,9 +137,8 @@ def derivative_kernel(
     """
     f = nonlinearity(f)
     size = np.sqrt(np.diag(K) + noise)
-    line = (torch.arange(POINTS, dtype=torch.float64) + 0.5) * (2 * REACH / POINTS) - REACH
-    mass = torch.exp(-line.square() / 2)
-    mass = mass / mass.sum()
+    # Grids of different steps, so that no line of jumps runs along their points.
+    (line, mass), (cross, weight) = (_normal_grid(points) for points in POINTS)
     out = np.empty_like(K)
     for i in range(len(K)):
         own = f.derivative(size[i] * line)
@@ -148,9 +147,16 @@ def derivative_kernel(
             if i == j and rho > 1 - 1e-12:
                 out[i, i] = float(mass @ own.square())
                 continue
-            other = f.derivative(size[j] * (rho * line[:, None] + math.sqrt(1 - rho**2) * line))
-            out[i, j] = out[j, i] = float((mass * own) @ (other @ mass))
+            other = f.derivative(size[j] * (rho * line[:, None] + math.sqrt(1 - rho**2) * cross))
+            out[i, j] = out[j, i] = float((mass * own) @ (other @ weight))
     return out
+
+
+def _normal_grid(points: int) -> tuple[Float[Tensor, " points"], Float[Tensor, " points"]]:
+    """Places, and the mass of a standard normal variable at them."""
+    line = (torch.arange(points, dtype=torch.float64) + 0.5) * (2 * REACH / points) - REACH
+    mass = torch.exp(-line.square() / 2)
+    return line, mass / mass.sum()
 
 
 def label_share(

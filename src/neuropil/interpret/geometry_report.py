@@ -243,7 +243,7 @@ class _Measure:
         counts = np.bincount(numbers)
         rng = np.random.default_rng(seed)
         equal = bool((counts == counts.min()).all())
-        self.draws = [np.arange(len(z))] if equal else [self._draw(counts.min(), rng) for _ in range(resamples)]
+        self.draws = [np.arange(len(z))] if equal else [self._draw(int(counts.min()), rng) for _ in range(resamples)]
 
     def _draw(self, many: int, rng: np.random.Generator) -> Int[np.ndarray, " m"]:
         """As many trials of every condition."""
@@ -322,7 +322,7 @@ class _Rotation:
 
 
 def _pairs(side: np.ndarray) -> bool:
-    return 2 <= side.sum() <= len(side) - 2
+    return bool(2 <= side.sum() <= len(side) - 2)
 
 
 def _aligned(
