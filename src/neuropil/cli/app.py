@@ -36,6 +36,7 @@ ORDER = [
     "compare",
     "compress",
     "coverage",
+    "geometry",
     "law",
     "papers",
     "reproduce",

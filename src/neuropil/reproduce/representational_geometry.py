@@ -332,7 +332,7 @@ class Difference:
     high: float
 
 
-def interval(values: Sequence[float]) -> Difference:
+def interval(values: Sequence[float] | np.ndarray) -> Difference:
     apart = np.asarray(values, dtype=float)
     mean = float(apart.mean())
     if len(apart) < 2:
