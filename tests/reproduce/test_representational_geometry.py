@@ -12,6 +12,7 @@ from neuropil.reproduce.representational_geometry import (
     BOTH,
     CAPPED,
     CCGP,
+    DEEP,
     DIGITS,
     EPS,
     FIXED,
@@ -41,6 +42,7 @@ HOLDS = {
     "x 3": 0.02,
     "sphere": 0.1,
     "uniform": 0.2,
+    "deep": 0.1,
     "before": 0.01,
     "eps 0": 0.02,
     "one, weak": 0.2,
@@ -74,6 +76,7 @@ def rows(**change: float) -> list[Row]:
             pair(f"{MAIN}, weights x {scale:g}", TARGET, d[name])
         for readout in FIXED:
             pair(f"{MAIN}, readout {readout}", TARGET, d[readout])
+        pair(DEEP, TARGET, d["deep"])
         pair(f"{MAIN}, untrained", TARGET, d["before"])
         pair("eps 0, noise 0.1", TARGET, d["eps 0"])
         for k, name in ((1, "one"), (3, "three")):
@@ -106,6 +109,7 @@ def rows(**change: float) -> list[Row]:
         ({CCGP: -0.1}, "partly"),
         ({UNTRAINED: 0.0}, "partly"),
         ({"sphere": 0.0}, "partly"),
+        ({"deep": 0.0}, "partly"),
         ({"before": 0.2}, "partly"),
         ({"eps 0": -0.4}, "partly"),
         ({"one, weak": 0.05}, "partly"),
