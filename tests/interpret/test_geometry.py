@@ -646,6 +646,18 @@ def test_a_report_names_what_the_conditions_name() -> None:
     assert math.isnan(flat.target_alignment)
 
 
+def test_unbiased_alignments_leave_the_noise_of_single_trials_out() -> None:
+    numbers = np.arange(16)
+    design = dict(zip("abcd", (numbers[:, None] >> np.arange(4) & 1).T, strict=True))
+    both = [
+        geometry_report(gaussian(16, 300, seed), design, most=1, unbiased=unbiased).target_alignment
+        for unbiased in (False, True)
+        for seed in range(4)
+    ]
+    assert np.mean(both[:4]) > 0.3
+    assert abs(np.mean(both[4:])) < 0.15
+
+
 def test_unequal_trials_are_drawn_alike() -> None:
     z, design = recording([200, 5, 12, 40], noise=0.6)
     found = geometry_report(z, design)
@@ -653,7 +665,7 @@ def test_unequal_trials_are_drawn_alike() -> None:
     shape = found.table.to_pylist()[0]
     assert shape["decodability"] > 0.85
     # All noise: a classifier that knew only which condition is common would not be at chance.
-    none = geometry_report(gaussian(257, 6), design, resamples=40)
+    none = geometry_report(gaussian(257, 6), design, resamples=20)
     assert none.table["decodability"].to_numpy() == pytest.approx(0.5, abs=0.15)
 
 

@@ -74,7 +74,7 @@ def centred(K: Float[np.ndarray, "n n"]) -> Float[np.ndarray, "n n"]:
 
 
 def kernel_alignment(K: Float[np.ndarray, "n n"], L: Float[np.ndarray, "n n"], unbiased: bool = False) -> float:
-    """Centred alignment of two kernels, in [0, 1] for kernels of features.
+    """Centred alignment of two kernels of features (positive semidefinite), in [0, 1].
 
     `unbiased` leaves the diagonals out (Song and others 2012), so that independent noise in the items does not count
     as alignment; it needs four items and may be below 0. A kernel without differences gives NaN and a warning.
@@ -86,7 +86,8 @@ def kernel_alignment(K: Float[np.ndarray, "n n"], L: Float[np.ndarray, "n n"], u
     if any(size <= ZERO * np.linalg.norm(whole) for size, whole in zip(sizes, (K, L), strict=True)):
         warnings.warn("all items are the same in one of the kernels; the alignment is NaN", DegenerateGeometry, 2)
         return math.nan
-    return float((a * b).sum() / (sizes[0] * sizes[1]))
+    found = float((a * b).sum() / (sizes[0] * sizes[1]))
+    return found if unbiased else min(max(found, 0.0), 1.0)  # beyond them is rounding
 
 
 def _off_diagonal(K: Float[np.ndarray, "n n"]) -> Float[np.ndarray, "n n"]:
@@ -104,13 +105,13 @@ def _off_diagonal(K: Float[np.ndarray, "n n"]) -> Float[np.ndarray, "n n"]:
 def alignment(Z: Any, X: Any, unbiased: bool = False) -> float:
     """Linear CKA of two sets of features of the same items; with labels, columns of ±1, the target alignment.
 
-    >>> alignment([[0.0, 1], [1, 0], [1, 1]], [[0.0, 2], [2, 0], [2, 2]])
+    >>> round(alignment([[0.0, 1], [1, 0], [1, 1]], [[0.0, 2], [2, 0], [2, 2]]), 6)
     1.0
     """
     z, x = matrix(Z), matrix(X, "features")
     if len(z) != len(x):
         raise ValueError(f"{len(z)} items and {len(x)} items; expected the same items in both")
-    return round(kernel_alignment(z @ z.T, x @ x.T, unbiased), 15)
+    return kernel_alignment(z @ z.T, x @ x.T, unbiased)
 
 
 def participation_ratio(Z: Any) -> float:

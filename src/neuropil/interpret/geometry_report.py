@@ -86,6 +86,7 @@ def geometry_report(
     resamples: int = 10,
     shuffles: int = 0,
     null: str = "rotate",
+    unbiased: bool = False,
     classifier: Any = None,
     seed: int = 0,
 ) -> GeometryReport:
@@ -104,9 +105,12 @@ def geometry_report(
                  compared by `null`: "rotate" turns the trials of each condition about the mean of all, each by a
                  random rotation of its own, which keeps how far apart conditions are and leaves their arrangement to
                  chance; "shuffle" as for decodability. Alignments are compared with shuffled conditions
+    unbiased     leave noise that conditions do not share out of the alignments (see `kernel_alignment`)
     classifier   any linear one of scikit-learn's; a linear support vector machine if there is none
 
-    A p-value is (1 + shuffles at least as high) / (1 + shuffles).
+    A p-value is (1 + shuffles at least as high) / (1 + shuffles). Most of the time is in classifiers: for each
+    dichotomy, each draw and each shuffle, 5 for decodability and for CCGP as many as the conditions can be split in
+    (4 for four conditions, 36 for eight, 100 at most).
 
     Raises ValueError for activations that are not finite, conditions of another length, fewer than 4 conditions, and
     named variables that are not of two values or differ within a condition. Warns of missing conditions.
@@ -136,7 +140,7 @@ def geometry_report(
     K = kernel(measure.means)
     shown = None if inputs is None else kernel(_means(matrix(inputs, "inputs")[kept], numbers))
     targets = None if not own else kernel(np.where(np.stack(list(own.values()), 1), 1.0, -1.0))
-    (a, pa_), (b, pb) = (_aligned(K, other, shuffles, rng) for other in (shown, targets))
+    (a, p_a), (b, p_b) = (_aligned(K, other, unbiased, shuffles, rng) for other in (shown, targets))
     balanced = np.abs(2 * sides.sum(1) - sides.shape[1]) <= 1
     return GeometryReport(
         table=pa.table(values),
@@ -146,8 +150,8 @@ def geometry_report(
         shattering_dimensionality=float(found["decodability"][balanced].mean()) if balanced.any() else math.nan,
         input_alignment=a,
         target_alignment=b,
-        p_input_alignment=pa_,
-        p_target_alignment=pb,
+        p_input_alignment=p_a,
+        p_target_alignment=p_b,
         missing=missing,
     )
 
@@ -326,14 +330,18 @@ def _pairs(side: np.ndarray) -> bool:
 
 
 def _aligned(
-    K: Float[np.ndarray, "n n"], other: Float[np.ndarray, "n n"] | None, shuffles: int, rng: np.random.Generator
+    K: Float[np.ndarray, "n n"],
+    other: Float[np.ndarray, "n n"] | None,
+    unbiased: bool,
+    shuffles: int,
+    rng: np.random.Generator,
 ) -> tuple[float, float]:
     """The alignment of two kernels of conditions, and its p-value among shuffled conditions."""
     if other is None:
         return math.nan, math.nan
-    found = kernel_alignment(K, other)
+    found = kernel_alignment(K, other, unbiased)
     if not shuffles or math.isnan(found):
         return found, math.nan
     orders = (rng.permutation(len(K)) for _ in range(shuffles))
-    above = sum(kernel_alignment(K[np.ix_(o, o)], other) >= found - 1e-12 for o in orders)
+    above = sum(kernel_alignment(K[np.ix_(o, o)], other, unbiased) >= found - 1e-12 for o in orders)
     return found, (1 + above) / (shuffles + 1)
