@@ -153,7 +153,7 @@ def measure(scale: Scale, seed: int, progress: Meter) -> list[Measurement]:
     return out + _digits(settings, seed)
 
 
-def row(cell: str, f: str, metric: str, value: float, better: bool | None = None) -> Measurement:
+def row(cell: str, f: str, metric: str, value: Any, better: bool | None = None) -> Measurement:
     baseline = f not in ("tanh", "relu") or cell.endswith("untrained")
     return Measurement(f"{f}, {cell}", metric, float(value), "", better, baseline)
 
