@@ -70,15 +70,17 @@ DEVIATIONS = (
     "ReLU shifted by -1 is silent for all conditions at these initial weights, so shifts are +1, +0.3 and -0.3",
 )
 NOTES = (
-    "written after the run: the tests that fail are (8), (9) and (10), all where the label is no linear function of the "
-    "inputs. At eps 0, and for sampled tasks of alignment 0, the order is reversed: Tanh networks solve the task with a "
-    "layer that looks like the inputs, while each ReLU neuron answers to a part of the conditions, which is some of the "
-    "label's geometry. So the difference does not vanish there, and it is not largest for the weakest alignment",
-    "digits 0 to 4 against 5 to 9 is such a label too, which may be why ReLU's layer is the more aligned one in the MLP; "
-    "between convolutional networks the last layers hardly differ. The paper's labels for images could not be read",
+    "written after the run: the tests that fail are (8), (9) and (10), all where the label is no linear function of "
+    "the inputs. At eps 0, and for sampled tasks of alignment 0, the order is reversed: Tanh networks solve the task "
+    "with a layer that looks like the inputs, while each ReLU neuron answers to a part of the conditions, which is "
+    "some of the label's geometry. So the difference does not vanish there, and it is not largest for the weakest "
+    "alignment",
+    "digits 0 to 4 against 5 to 9 is such a label too, which may be why ReLU's layer is the more aligned one in the "
+    "MLP; between convolutional networks the last layers hardly differ. The paper's labels for images could not be "
+    "read",
     "(8) also fails because the difference is larger with three labels than with one",
-    "exchanging the derivative alone exchanges the geometry: ReLU trained with the derivative of Tanh is as aligned as "
-    "Tanh, and Tanh with that of ReLU no more than ReLU",
+    "exchanging the derivative alone exchanges the geometry: ReLU trained with the derivative of Tanh is as aligned "
+    "as Tanh, and Tanh with that of ReLU no more than ReLU",
     "the first gradient does not decide alone: softplus begins nearly as Tanh does and ends near ReLU, as the claim's "
     "asymmetry of the tails has it",
     "initial weights three times as large leave little of the difference (lazy training), and after five layers both "
