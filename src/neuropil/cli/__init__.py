@@ -21,6 +21,7 @@ from neuropil.cli import (  # noqa: F401  isort: skip
     describe,
     diagram,
     diff,
+    geometry,
     law,
     papers,
     reproduce,

@@ -38,6 +38,7 @@ ORDER = [
     "compress",
     "coverage",
     "diagram",
+    "geometry",
     "law",
     "papers",
     "reproduce",

@@ -3,6 +3,14 @@
 from neuropil.interpret.compare import Comparison, compare
 from neuropil.interpret.decode import Decoder, decode
 from neuropil.interpret.diagrams import circuit_diagram
+from neuropil.interpret.geometry import (
+    GeometryReport,
+    GeometryStudy,
+    geometry_columns,
+    geometry_report,
+    representation,
+    representational_geometry,
+)
 from neuropil.interpret.milan import MILAN, ExemplarSet, exemplars
 from neuropil.interpret.prototype_explanation import Explanation, Reference
 from neuropil.interpret.prototype_images import ConvDecoder, ConvEncoder, ElasticDeformation
@@ -21,6 +29,8 @@ __all__ = [
     "ElasticDeformation",
     "ExemplarSet",
     "Explanation",
+    "GeometryReport",
+    "GeometryStudy",
     "PrototypeClassifier",
     "PrototypeLayer",
     "PrototypeNetwork",
@@ -31,5 +41,9 @@ __all__ = [
     "decode",
     "decode_rows",
     "exemplars",
+    "geometry_columns",
+    "geometry_report",
     "prototype_quality",
+    "representation",
+    "representational_geometry",
 ]
