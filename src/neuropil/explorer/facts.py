@@ -13,12 +13,14 @@ import numpy as np
 import pyarrow as pa
 
 from neuropil.atlas import Atlas
+from neuropil.data import probes
 from neuropil.errors import NeuropilError, QueryError
 from neuropil.explorer.view import View, is_flag, is_list, is_number, is_text, literal, quoted
 
 FOUND = 300  # neurons that a search gives at most
-CATEGORIES = 8  # a text column with at most so many values can colour the map
+CATEGORIES = 12  # so many values of a text column have a colour of their own on the map
 MOST_DOWNLOADED = 5_000_000
+FIRST = {"up_tokens": "up_tokens[1]", "description": "description", "preferred_class": "preferred_class"}  # to name by
 PATIENCE = 10.0  # seconds that a visitor's SQL may take
 
 
@@ -49,6 +51,18 @@ class LayerShare:
     neurons: int
     specialised: int
     confirmed: int
+
+
+@dataclass(frozen=True)
+class Brick:
+    """Neurons of one layer that belong together."""
+
+    site: int
+    number: int
+    size: int
+    function: str
+    neurons: list[str]  # the first few
+    description: str = ""  # of the first that has one
 
 
 class Facts:
@@ -84,6 +98,27 @@ class Facts:
     def sites(self) -> list[Any]:
         return list(self.atlas.sites)
 
+    @property
+    def sees(self) -> bool:
+        """Whether the atlas is of a vision model: its neurons answer to images, not to tokens."""
+        return "activation_mean" in self.columns or "exemplar_images" in self.columns
+
+    @property
+    def groups(self) -> list[str]:
+        return self.atlas.groups
+
+    @cached_property
+    def roles_missing(self) -> set[str]:
+        """Weights that no neuron of this model has: nothing is compared by them."""
+        have = {role for site in self.sites for role in site.roles}
+        return {"up", "gate", "down"} - have
+
+    @cached_property
+    def images(self) -> dict[int, dict[str, Any]]:
+        """The images that the model was shown: place -> name, class and PNG."""
+        table = probes.stored(self.path)
+        return {} if table is None else {row["image"]: row for row in table.to_pylist()}
+
     def ask(self, sql: str, limit: int | None = None, timeout: float | None = None) -> pa.Table:
         return self.atlas.query(sql, limit=limit, timeout=timeout)
 
@@ -118,11 +153,29 @@ class Facts:
     def found(self, words: str) -> list[str]:
         """The addresses of the neurons that fit the words, best first."""
         if words not in self._found:
-            table = self.atlas.find(words, limit=FOUND)
+            found = self._described(words) if "label" not in self.columns and self.sees else self._spoken(words)
             if len(self._found) > 200:
                 self._found.clear()
-            self._found[words] = list(dict.fromkeys(table.column("neuron").to_pylist()))
+            self._found[words] = list(dict.fromkeys(found))
         return self._found[words]
+
+    def _spoken(self, words: str) -> list[str]:
+        return list(self.atlas.find(words, limit=FOUND).column("neuron").to_pylist())
+
+    def _described(self, words: str) -> list[str]:
+        """Neurons of a vision model whose description, class or brick's function holds the most of the words."""
+        names = [c for c in ("description", "preferred_class", "brick_function") if c in self.columns]
+        terms = [literal(word) for word in words.lower().split()]
+        if not names or not terms:
+            raise QueryError("these neurons have no descriptions and no classes to search; see the neurons' pages")
+        text = "lower(concat_ws(' ', " + ", ".join(names) + "))"
+        hits = " + ".join(f"contains({text}, {term})::INT" for term in terms)
+        better = ", description_score DESC NULLS LAST" if "description_score" in self.columns else ""
+        rows = self.rows(
+            f"SELECT neuron FROM (SELECT *, {hits} AS _hits FROM neurons) WHERE _hits > 0 "
+            f"ORDER BY _hits DESC{better}, site, index LIMIT {FOUND}"
+        )
+        return [row["neuron"] for row in rows]
 
     def warm(self) -> None:
         """Do what the first search and the first table would otherwise wait for."""
@@ -197,7 +250,7 @@ class Facts:
                 kinds[name] = "flag"
             elif is_number(kind):
                 kinds[name] = "number"
-            elif is_text(kind) and name in {"verdict", "label_from"}:
+            elif is_text(kind) and name in {"verdict", "label_from", "preferred_class", "brick_function"}:
                 kinds[name] = "category"
         return kinds
 
@@ -243,8 +296,8 @@ class Facts:
 
     def labels(self) -> list[list[str]]:
         """A word for every neuron, site by site: its label, or else its first token."""
-        first = "up_tokens[1]" if "up_tokens" in self.columns else "''"
-        label = f"coalesce(nullif(label, ''), {first}, '')" if "label" in self.columns else first
+        first = next((f for c, f in FIRST.items() if c in self.columns), "''")
+        label = f"coalesce(nullif(label, ''), {first}, '')" if "label" in self.columns else f"coalesce({first}, '')"
         table = self.ask(f'SELECT site, "index" AS i, {label} AS w FROM neurons ORDER BY site, i')
         words: dict[int, list[str]] = {s.number: [""] * s.width for s in self.sites}
         for site, i, word in zip(*(table.column(c).to_pylist() for c in ("site", "i", "w")), strict=True):
@@ -255,8 +308,9 @@ class Facts:
         return self.atlas.neuron(address)
 
     def brief(self, addresses: list[str]) -> dict[str, dict[str, Any]]:
-        """Label, verdict and first tokens of some neurons, by address."""
-        names = [c for c in ("label", "verdict", "effect", "up_tokens", "clamp_value") if c in self.columns]
+        """Label, verdict and first tokens of some neurons, by address; what they are described as, where they are."""
+        wanted = ("label", "verdict", "effect", "up_tokens", "clamp_value", "description", "preferred_class")
+        names = [c for c in wanted if c in self.columns]
         if not addresses:
             return {}
         rows = self.rows(
@@ -286,6 +340,63 @@ class Facts:
             f"WHERE common > 0 AND neuron <> {literal(address)} ORDER BY s DESC, neuron LIMIT {limit}"
         )
         return [(row["neuron"], row["s"]) for row in rows]
+
+    def alike_by_images(self, address: str, limit: int = 12) -> list[tuple[str, float]]:
+        """Neurons that share most of the images that drive them: Jaccard index of the two sets."""
+        own = self.neuron(address).get("exemplar_images")
+        if not own:
+            return []
+        mine = sorted(set(map(int, own)))
+        rows = self.rows(
+            "WITH n AS (SELECT neuron, len(exemplar_images) AS size, "
+            f"len(list_intersect(exemplar_images, {mine})) AS common FROM neurons) "
+            f"SELECT neuron, common / ({len(mine)} + size - common) AS s FROM n "
+            f"WHERE common > 0 AND neuron <> {literal(address)} ORDER BY s DESC, neuron LIMIT {limit}"
+        )
+        return [(row["neuron"], row["s"]) for row in rows]
+
+    def values(self, column: str) -> list[str]:
+        """The values of a text column, those of most neurons first."""
+        if column not in self.columns:
+            return []
+        q = quoted(column)
+        rows = self.rows(f"SELECT {q} AS v FROM neurons WHERE {q} IS NOT NULL GROUP BY ALL ORDER BY count(*) DESC, v")
+        return [str(row["v"]) for row in rows[:200]]
+
+    @cached_property
+    def tally(self) -> dict[str, int]:
+        """What the start page of a vision atlas counts."""
+        asked = {
+            "dead": ("dead", "count(*) FILTER (dead)"),
+            "selective": ("selectivity", "count(*) FILTER (selectivity >= 0.5)"),
+            "described": ("description", "count(*) FILTER (description <> '')"),
+            "silenced": ("ablation", "count(ablation)"),
+        }
+        chosen = {name: sql for name, (column, sql) in asked.items() if column in self.columns}
+        if not chosen:
+            return {}
+        [row] = self.rows("SELECT " + ", ".join(f"{sql} AS {name}" for name, sql in chosen.items()) + " FROM neurons")
+        return {name: int(row[name]) for name in chosen}
+
+    @cached_property
+    def bricks(self) -> dict[int, list[Brick]]:
+        """The bricks of every layer: site -> its bricks, those with a function first, the largest first."""
+        if "brick" not in self.columns:
+            return {}
+        function = "brick_function" if "brick_function" in self.columns else "NULL"
+        about = "first(description) FILTER (description <> '')" if "description" in self.columns else "NULL"
+        rows = self.rows(
+            f'SELECT site, brick, {function} AS function, count(*) AS size, (list(neuron ORDER BY "index"))[1:6] AS first, '
+            f"{about} AS about FROM neurons WHERE brick IS NOT NULL GROUP BY site, brick, {function} "
+            "ORDER BY site, (function IS NULL), size DESC, brick"
+        )
+        made: dict[int, list[Brick]] = {}
+        for row in rows:
+            brick = Brick(
+                row["site"], row["brick"], row["size"], row["function"] or "", row["first"], row["about"] or ""
+            )
+            made.setdefault(brick.site, []).append(brick)
+        return made
 
     def alike_by_rows(
         self, address: str, role: str, model: Any, everywhere: bool, limit: int = 12
