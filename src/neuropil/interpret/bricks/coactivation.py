@@ -1,7 +1,7 @@
 """Which neurons fire together: the graph of co-activation, its cut into equal parts, and correlations.
 
     A_ij = Σ_tokens min(1, a_i a_j)        a = max(h, 0)      of ungated neurons, as the paper has it
-    A_ij = Σ_tokens f_i f_j                f_i = 1 where |h_i| is among the tenth of tokens on which neuron i is strongest
+    A_ij = Σ_tokens f_i f_j                f_i = 1 on the tenth of tokens where |h_i| is largest
 
 The second is for gated neurons, which are never silent, so that every pair would be joined in the first. Weak edges are
 dropped: those below 0.99 of the first of the 10th, 20th, ... percentiles of A that is not zero. METIS (the library

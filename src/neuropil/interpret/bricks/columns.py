@@ -1,8 +1,8 @@
 """What bricks say of each neuron, as columns of an atlas.
 
-    brick                    the neuron's brick in its layer (null where the layer has none)
-    brick_function           the function that the brick serves by the test of `BrickTest` (null where none)
-    predictivity_{function}  how well the neuron's activity tells the function's sequences from others
+brick                    the neuron's brick in its layer (null where the layer has none)
+brick_function           the function that the brick serves by the test of `BrickTest` (null where none)
+predictivity_{function}  how well the neuron's activity tells the function's sequences from others
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def column_name(function: str) -> str:
 def brick_columns(parts: Partition, found: Functionality, tested: BrickTest) -> Callable[[Site], dict[str, Any]]:
     """For `Atlas.add(..., types=TYPES)`: site -> `brick`, `brick_function` and `predictivity_{function}`.
 
-    Of a function with several sub-functions, each has its column. Raises ValueError where two functions would share one.
+    Each sub-function has its column. Raises ValueError where two functions would share one.
     """
     names = [column_name(name) for name in found.names]
     if len(set(names)) < len(names):

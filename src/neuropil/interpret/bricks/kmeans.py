@@ -33,7 +33,7 @@ def capacities(points: int, clusters: int) -> Int[Tensor, " clusters"]:
 def deal(cost: Float[Tensor, "points clusters"], sizes: Int[Tensor, " clusters"]) -> Int[Tensor, " points"]:
     """Give every point a cluster of small cost, cluster e getting exactly `sizes[e]` of them."""
     points, clusters = cost.shape
-    order = cost.argsort(1, stable=True)
+    order = cost.argsort(dim=1, stable=True)
     ranked = cost.gather(1, order)
     # What a point would lose by going on from its k-th choice to the next; the last choice is the dearest to lose.
     loss = torch.cat([ranked.diff(dim=1), torch.full((points, 1), torch.inf, dtype=cost.dtype)], 1)
@@ -74,7 +74,7 @@ def balanced_kmeans(
     sizes = capacities(len(x), clusters)
     x = x.double()
     squares = x.square().sum(1)
-    random = np.random.RandomState(seed)  # noqa: NPY002 - what scikit-learn takes
+    random = np.random.RandomState(seed)
     best, labels = torch.inf, torch.zeros(len(x), dtype=torch.long)
     for _ in range(starts):
         centres = _first_centres(x, clusters, random)
@@ -99,9 +99,7 @@ def _first_centres(x: Tensor, clusters: int, random: np.random.RandomState) -> T
         return torch.from_numpy(kmeans_plusplus(x.numpy(), clusters, random_state=random)[0])
 
 
-def group_means(
-    x: Float[Tensor, "points d"], labels: Int[Tensor, " points"], groups: int
-) -> Float[Tensor, "groups d"]:
+def group_means(x: Float[Tensor, "points d"], labels: Int[Tensor, " points"], groups: int) -> Float[Tensor, "groups d"]:
     """The mean of each group's rows; zero for an empty one."""
     sums = torch.zeros(groups, x.shape[1], dtype=x.dtype).index_add_(0, labels, x)
     return sums / torch.bincount(labels, minlength=groups).clamp_min(1)[:, None]
@@ -121,4 +119,3 @@ def evened(labels: Int[Tensor, " points"], sizes: Int[Tensor, " clusters"], seed
     moved = labels.clone()
     moved[order[spare[order]]] = torch.repeat_interleave(torch.arange(len(sizes)), wanting)
     return moved
-

@@ -6,6 +6,7 @@ import importlib.util
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -37,7 +38,7 @@ class Partition:
 
     def __post_init__(self) -> None:
         for name, labels in self.labels.items():
-            if not (0 <= int(labels.min()) and int(labels.max()) < self.counts[name]):
+            if not (int(labels.min()) >= 0 and int(labels.max()) < self.counts[name]):
                 raise ValueError(f"site {name!r}: labels must lie in 0 to {self.counts[name] - 1}")
 
     def sizes(self, site: str) -> Int[Tensor, " bricks"]:
@@ -55,7 +56,7 @@ class Partition:
             if site not in self.labels:
                 raise KeyError(f"site {site!r} has no bricks; there are {', '.join(list(self.labels)[:5])} …")
             wanted = torch.as_tensor(numbers, dtype=torch.long)
-            if wanted.numel() and not (0 <= int(wanted.min()) and int(wanted.max()) < self.counts[site]):
+            if wanted.numel() and not (int(wanted.min()) >= 0 and int(wanted.max()) < self.counts[site]):
                 raise ValueError(f"site {site!r} has bricks 0 to {self.counts[site] - 1}, got {wanted.tolist()}")
             found[site] = torch.isin(self.labels[site], wanted).nonzero()[:, 0]
         return found
@@ -84,15 +85,15 @@ def partition_bricks(
     perturbations). `layers` are numbers of sites, by default all. `method`:
 
     "parameters"    k-means with equal clusters of what each neuron reads and writes: rows of its weights scaled to
-                    unit length (W_in of an ungated layer, as in the paper; gate, up and down side by side of a gated one)
+                    unit length (W_in of an ungated layer, as in the paper; gate, up and down side by side else)
     "coactivation"  the graph of neurons that fire together on `data`, cut by METIS (`pymetis`; without it, a warning
                     and "correlation")
     "correlation"   k-means with equal clusters of the rows of the correlation matrix of strengths on `data`
     "random"        drawn by `seed`: what the others must beat
     "blocks"        consecutive neurons, the paper's baseline
 
-    The methods with data hold the strengths of `tokens` tokens of all those layers in memory (2 bytes each). Renumbering
-    the neurons of a model renumbers the labels and changes nothing else ("random" and "blocks" aside).
+    The methods with data hold the strengths of `tokens` tokens of all those layers in memory (2 bytes each).
+    Renumbering the neurons of a model renumbers the labels and changes nothing else ("random" and "blocks" aside).
     Raises ValueError for more bricks than neurons, an unknown method, data that is missing, or a model whose layers are
     all experts of a router.
 
@@ -150,26 +151,28 @@ def _by_data(
     model: nn.Module, sites: Sequence[Site], counts: Mapping[str, int], method: str, data: Iterable[Example],
     tokens: int, seed: int,
 ) -> dict[str, Tensor]:  # fmt: skip
-    found = {}
-    for name, a in token_strengths(model, sites, data, tokens).items():
-        site = next(s for s in sites if s.name == name)
-        act = _graph_cut if method == "coactivation" else _correlated
-        found[name] = in_canonical_order(a.T.float(), lambda rows, s=site, act=act: act(s, rows.T, counts[s.name], seed))
-    return found
+    group = _graph_cut if method == "coactivation" else _correlated
+    strengths = token_strengths(model, sites, data, tokens)
+    return {
+        site.name: in_canonical_order(
+            strengths[site.name].T.float(), partial(group, site, bricks=counts[site.name], seed=seed)
+        )
+        for site in sites
+    }
 
 
-def _graph_cut(site: Site, a: Tensor, bricks: int, seed: int) -> Tensor:
-    return cut(coactivation(site, a), bricks, seed)
+def _graph_cut(site: Site, rows: Tensor, bricks: int, seed: int) -> Tensor:
+    return cut(coactivation(site, rows.T), bricks, seed)
 
 
-def _correlated(site: Site, a: Tensor, bricks: int, seed: int) -> Tensor:
-    return balanced_kmeans(correlation(a), bricks, seed=seed)
+def _correlated(site: Site, rows: Tensor, bricks: int, seed: int) -> Tensor:
+    return balanced_kmeans(correlation(rows.T), bricks, seed=seed)
 
 
 def in_canonical_order(
     rows: Float[Tensor, "width d"], group: Callable[[Float[Tensor, "width d"]], Int[Tensor, " width"]]
 ) -> Int[Tensor, " width"]:
-    """Labels that follow the neurons wherever they stand: they are sorted by their own values before they are grouped."""
+    """Labels that follow the neurons wherever they stand: these are sorted by their values before they are grouped."""
     direction = torch.randn(rows.shape[1], generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     order = (rows.double() * direction).sum(1).argsort(stable=True)
     labels = torch.empty(len(rows), dtype=torch.long)
