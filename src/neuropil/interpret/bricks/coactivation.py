@@ -59,7 +59,7 @@ def coactivation(site: Site, a: Float[Tensor, "tokens width"]) -> Float[Tensor, 
     """The matrix A of the neurons of a site, its diagonal zero; see the module."""
     a = a.float()
     if "gate" in site.reads:
-        fires = (a >= a.quantile(1 - FIRES, dim=0)).float() if len(a) > 1 else a.gt(0).float()
+        fires = ((a >= a.quantile(1 - FIRES, dim=0)) & (a > 0)).float()
         joint = fires.T @ fires
     else:
         joint = torch.zeros(a.shape[1], a.shape[1])

@@ -177,18 +177,23 @@ def _scored(names: tuple[str, ...], seen: Sequence[Activity], labels: Tensor) ->
     inside = labels.double() / labels.sum(1, keepdim=True)
     outside = (~labels).double() / (~labels).sum(1, keepdim=True)
     alike = inside.mean(0)  # every function counts alike, however many sequences it has
-    tables: list[dict[str, Tensor]] = [{} for _ in range(7)]
+    tables: dict[str, dict[str, Tensor]] = {}
     for site in seen[0].peak:
         peak, size, mean = (
             torch.cat([getattr(each, kind)[site] for each in seen]) for kind in ("peak", "size", "mean")
         )
         size = size.double()
         one, other = inside @ size, outside @ size
-        spread = (0.5 * (inside @ size.square() - one.square() + outside @ size.square() - other.square())).clamp_min(0)
-        values = (
-            average_precision(peak, labels, weights), average_precision(peak, ~labels, weights), one, other,
-            spread.sqrt(), alike @ size, alike @ mean.double(),
-        )  # fmt: skip
-        for table, value in zip(tables, values, strict=True):
-            table[site] = value
-    return Functionality(names, *tables, labels.shape[1])  # type: ignore[arg-type]
+        spread = 0.5 * (inside @ size.square() - one.square() + outside @ size.square() - other.square())
+        values = {
+            "ap": average_precision(peak, labels, weights),
+            "negation": average_precision(peak, ~labels, weights),
+            "inside": one,
+            "outside": other,
+            "spread": spread.clamp_min(0).sqrt(),
+            "mass": alike @ size,
+            "mean": alike @ mean.double(),
+        }
+        for kind, value in values.items():
+            tables.setdefault(kind, {})[site] = value
+    return Functionality(names, sequences=labels.shape[1], **tables)

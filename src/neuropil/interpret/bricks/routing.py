@@ -82,7 +82,9 @@ class MLPSelector(nn.Module):
         super().__init__()
         self.sites = {name: number for number, name in enumerate(parts.labels)}
         found = centres(model, parts)
-        self.nets = nn.ModuleList(_selector_net(nn.functional.normalize(found[name], dim=1)) for name in self.sites)
+        self.nets: Any = nn.ModuleList(
+            _selector_net(nn.functional.normalize(found[name], dim=1)) for name in self.sites
+        )
 
     def forward(self, site: Site, x: Float[Tensor, "tokens d"]) -> Float[Tensor, "tokens bricks"]:
         return self.nets[self.sites[site.name]](nn.functional.normalize(x.float(), dim=1)).to(x)
@@ -121,7 +123,7 @@ class MLPSelector(nn.Module):
 
 def _selector_net(first: Float[Tensor, "bricks d"]) -> Any:
     bricks, d = first.shape
-    net = nn.Sequential(nn.Linear(d, bricks, bias=False), nn.Tanh(), nn.Linear(bricks, bricks, bias=False))
+    net: Any = nn.Sequential(nn.Linear(d, bricks, bias=False), nn.Tanh(), nn.Linear(bricks, bricks, bias=False))
     with torch.no_grad():
         net[0].weight.copy_(first)
         net[2].weight.copy_(torch.eye(bricks))
