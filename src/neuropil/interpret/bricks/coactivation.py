@@ -59,7 +59,8 @@ def coactivation(site: Site, a: Float[Tensor, "tokens width"]) -> Float[Tensor, 
     """The matrix A of the neurons of a site, its diagonal zero; see the module."""
     a = a.float()
     if "gate" in site.reads:
-        fires = ((a >= a.quantile(1 - FIRES, dim=0)) & (a > 0)).float()
+        least = a.topk(max(1, int(FIRES * len(a))), dim=0).values[-1]
+        fires = ((a >= least) & (a > 0)).float()
         joint = fires.T @ fires
     else:
         joint = torch.zeros(a.shape[1], a.shape[1])
