@@ -69,7 +69,7 @@ PAPER_SAYS = (
 SEEDS = {"smoke": (0,), "default": (0, 1, 2), "paper": (0, 1, 2, 3, 4)}
 _COMMON: dict[str, Any] = {"bricks": 24, "share": 0.05, "keep": [0.2, 0.5, 0.8]}
 SETTINGS: dict[str, dict[str, Any]] = {
-    "smoke": {**_COMMON, "functions": ["arithmetic", "json"], "learn": 16, "test": 8, "length": 16, "tested": [10],
+    "smoke": {**_COMMON, "functions": ["arithmetic", "json"], "learn": 24, "test": 8, "length": 16, "layers": [10, 20], "tested": [10],
               "steps": 2, "keep": [0.5], "dtype": "bfloat16"},
     "default": {**_COMMON, "functions": list(DEFAULT), "learn": 32, "test": 8, "length": 64,
                 "tested": [2, 7, 12, 17, 22, 27], "steps": 10, "dtype": "bfloat16"},

@@ -29,7 +29,7 @@ from neuropil.interpret.bricks.partition import Partition
 from neuropil.neurons import Site, find_sites
 
 WAYS = ("zero", "mean", "shuffle")
-Neurons = Mapping[str, Int[Tensor, " chosen"]]
+Neurons = Mapping[str, Int[Tensor, " _"]]
 Loss = Callable[[nn.Module, Example], Any]
 
 
@@ -163,7 +163,7 @@ def pruning_matrix(
 
 def neurons_of(
     found: Functionality, function: str, share: float, *, score: str = "ap", parts: Partition | None = None
-) -> dict[str, Int[Tensor, " chosen"]]:
+) -> dict[str, Int[Tensor, " _"]]:
     """The share of each site's neurons that score highest for a function.
 
     With a partition, whole bricks: those of the highest mean score, as many as come nearest to the share.
@@ -191,7 +191,7 @@ def neurons_of(
     return chosen
 
 
-def random_control(found: Functionality, neurons: Neurons, seed: int) -> dict[str, Int[Tensor, " chosen"]]:
+def random_control(found: Functionality, neurons: Neurons, seed: int) -> dict[str, Int[Tensor, " _"]]:
     """As many neurons of each site, drawn at random."""
     generator = torch.Generator().manual_seed(seed)
     return {
@@ -200,7 +200,7 @@ def random_control(found: Functionality, neurons: Neurons, seed: int) -> dict[st
     }
 
 
-def matched_control(found: Functionality, neurons: Neurons, seed: int) -> dict[str, Int[Tensor, " chosen"]]:
+def matched_control(found: Functionality, neurons: Neurons, seed: int) -> dict[str, Int[Tensor, " _"]]:
     """As many other neurons of each site, drawn at random among those as active: each replaces one of like strength.
 
     Pairs minimise the summed difference of log strength and a random cost that lets near equals take turns. Raises

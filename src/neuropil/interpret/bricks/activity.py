@@ -78,9 +78,9 @@ def real_places(example: Example, sequences: int, places: int) -> Tensor | None:
 class Activity:
     """By site name, for every sequence: the greatest and the mean strength of each neuron, and its mean activation."""
 
-    peak: dict[str, Float[Tensor, "sequences width"]]
-    size: dict[str, Float[Tensor, "sequences width"]]
-    mean: dict[str, Float[Tensor, "sequences width"]]
+    peak: dict[str, Float[Tensor, "sequences _"]]
+    size: dict[str, Float[Tensor, "sequences _"]]
+    mean: dict[str, Float[Tensor, "sequences _"]]
 
     @property
     def sequences(self) -> int:

@@ -74,13 +74,13 @@ class Functionality:
     """
 
     names: tuple[str, ...]
-    ap: dict[str, Float[Tensor, "functions width"]]
-    negation: dict[str, Float[Tensor, "functions width"]]
-    inside: dict[str, Float[Tensor, "functions width"]]
-    outside: dict[str, Float[Tensor, "functions width"]]
-    spread: dict[str, Float[Tensor, "functions width"]]
-    mass: dict[str, Float[Tensor, " width"]]
-    mean: dict[str, Float[Tensor, " width"]]
+    ap: dict[str, Float[Tensor, "functions _"]]
+    negation: dict[str, Float[Tensor, "functions _"]]
+    inside: dict[str, Float[Tensor, "functions _"]]
+    outside: dict[str, Float[Tensor, "functions _"]]
+    spread: dict[str, Float[Tensor, "functions _"]]
+    mass: dict[str, Float[Tensor, " _"]]
+    mean: dict[str, Float[Tensor, " _"]]
     sequences: int
 
     @property

@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Float
@@ -34,6 +34,7 @@ from neuropil.neurons import Site, activation, capture_inputs
 LEVELS = ("token", "sequence", "instruction")
 
 
+@runtime_checkable
 class Selector(Protocol):
     """Scores of the bricks of a site for what it reads."""
 

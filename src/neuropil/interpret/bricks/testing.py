@@ -50,9 +50,9 @@ class BrickTest:
     """
 
     names: tuple[str, ...]
-    counts: dict[str, Int[Tensor, "functions bricks"]]
-    thresholds: dict[str, Int[Tensor, "functions bricks"]]
-    expected: dict[str, Float[Tensor, "functions bricks"]]
+    counts: dict[str, Int[Tensor, "functions _"]]
+    thresholds: dict[str, Int[Tensor, "functions _"]]
+    expected: dict[str, Float[Tensor, "functions _"]]
     control: dict[str, Float[Tensor, " functions"]]
 
     @property

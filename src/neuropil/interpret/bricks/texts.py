@@ -124,7 +124,7 @@ def installed(names: Sequence[str] = DEFAULT) -> list[str]:
 
 def text_windows(
     name: str, tokenizer: Any, count: int, length: int, *, seed: int = 0
-) -> tuple[list[Int[Tensor, "batch length"]], list[Int[Tensor, "batch length"]]]:
+) -> tuple[list[Int[Tensor, "_ length"]], list[Int[Tensor, "_ length"]]]:
     """So many windows of a kind to learn from, and as many to test on, from other documents; in batches of eight.
 
     Each window is `length` tokens, the first of them drawn at random in its document. Raises ValueError where the kind
