@@ -50,7 +50,7 @@ def routing(
     progress: Meter,
 ) -> list[Measurement]:  # fmt: skip
     """The rise of the mean loss over all kinds, for each share of bricks and each way to choose them."""
-    random = partition_bricks(net, settings["bricks"], method="random", seed=seed)
+    random = partition_bricks(net, settings["bricks"], method="random", layers=settings["layers"], seed=seed)
     generator = torch.Generator().manual_seed(seed)
 
     def drawn(keep: float) -> dict[str, list[int]]:

@@ -55,10 +55,10 @@ RULE = (
     "(1) Pruning the 5% of neurons that tell a kind best raises the loss of that kind more than that of the others, "
     "and this specificity is above that of pruning as many others that together are as active. (2) The same for whole "
     "bricks of co-activation. (3) More of the bricks of co-activation are functional at the level 0.001 than of a "
-    "random partition. (4) Answering with half of the bricks, those chosen for the kind raise the loss less than bricks "
-    "drawn at random, and less than bricks of a random partition chosen likewise. Holds if all four, and in (1) the own "
-    "loss rises at least twice as much as the others'. Does not hold if a mean difference in (1) or (3) is zero or "
-    "less. Partly otherwise."
+    "random partition. (4) Answering with half of the bricks, those chosen for the kind raise the loss less than "
+    "bricks drawn at random, and less than bricks of a random partition chosen likewise. Holds if all four, and in (1) "
+    "the own loss rises at least twice as much as the others'. Does not hold if a mean difference in (1) or (3) is "
+    "zero or less. Partly otherwise."
 )
 PAPER_SAYS = (
     "Widely used language models: the FFN layers follow modular patterns, with specialised neurons and functional "
@@ -69,12 +69,12 @@ PAPER_SAYS = (
 SEEDS = {"smoke": (0,), "default": (0, 1, 2), "paper": (0, 1, 2, 3, 4)}
 _COMMON: dict[str, Any] = {"bricks": 24, "share": 0.05, "keep": [0.2, 0.5, 0.8]}
 SETTINGS: dict[str, dict[str, Any]] = {
-    "smoke": {**_COMMON, "functions": ["arithmetic", "json"], "learn": 24, "test": 8, "length": 16, "layers": [10, 20], "tested": [10],
-              "steps": 2, "keep": [0.5], "dtype": "bfloat16"},
-    "default": {**_COMMON, "functions": list(DEFAULT), "learn": 32, "test": 8, "length": 64,
+    "smoke": {**_COMMON, "functions": ["arithmetic", "json"], "learn": 24, "test": 8, "length": 16, "layers": [10, 20],
+              "tested": [10], "steps": 2, "keep": [0.5], "dtype": "bfloat16"},
+    "default": {**_COMMON, "functions": list(DEFAULT), "learn": 32, "test": 8, "length": 64, "layers": list(range(30)),
                 "tested": [2, 7, 12, 17, 22, 27], "steps": 10, "dtype": "bfloat16"},
     "paper": {**_COMMON, "functions": [*DEFAULT, "learned", "romance"], "learn": 128, "test": 64, "length": 128,
-              "tested": list(range(30)), "steps": 100, "dtype": "float32"},
+              "layers": list(range(30)), "tested": list(range(30)), "steps": 100, "dtype": "float32"},
 }  # fmt: skip
 DEVIATIONS = (
     "SmolLM2-135M instead of models of billions of parameters",
@@ -112,9 +112,8 @@ def measure(scale: Scale, seed: int, progress: Meter) -> list[Measurement]:
     progress(0.08, "reading with random weights")
     rows = _specialisation(net, found, learn, settings, seed)
     progress(0.12, "dealing neurons into bricks")
-    parts = partition_bricks(
-        net, settings["bricks"], method="coactivation", data=[quick(b) for b in grouping], seed=seed
-    )
+    data, layers = [quick(b) for b in grouping], settings["layers"]
+    parts = partition_bricks(net, settings["bricks"], method="coactivation", data=data, layers=layers, seed=seed)
     rows += _partitions(net, found, parts, grouping, settings, seed)
     base = torch.tensor([mean_loss(net, batches) for batches in test.values()], dtype=torch.float64)
     rows += _pruning(net, found, parts, test, base, settings, seed, progress)
