@@ -35,6 +35,7 @@ ORDER = [
     "clamp",
     "compare",
     "compress",
+    "bricks",
     "coverage",
     "law",
     "papers",

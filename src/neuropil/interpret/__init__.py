@@ -1,7 +1,8 @@
 """What do the neurons do?"""
 
+from neuropil.interpret.bricks import partition_bricks
 from neuropil.interpret.compare import Comparison, compare
 from neuropil.interpret.decode import Decoder, decode
 from neuropil.interpret.rows import Decoded, decode_rows
 
-__all__ = ["Comparison", "Decoded", "Decoder", "compare", "decode", "decode_rows"]
+__all__ = ["Comparison", "Decoded", "Decoder", "compare", "decode", "decode_rows", "partition_bricks"]
