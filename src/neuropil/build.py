@@ -135,8 +135,11 @@ def _see(
     """The groups of a vision model."""
     from neuropil.atlas import Atlas
     from neuropil.data.probes import stored_digest
-    from neuropil.vision import Ablation, Activity, Exemplars, classifies
+    from neuropil.models.pictures import as_images
+    from neuropil.vision import EXEMPLAR_TYPES, Ablation, Activity, Exemplars, classifies
 
+    if model.image_input is None:
+        model.image_input = as_images(model.skeleton)
     shown = probe_for(model, images)
     with Atlas.create(path, model) as atlas:
         activity = Activity(model, shown)
@@ -145,7 +148,14 @@ def _see(
         if main_rank() and stored_digest(path) != shown.digest:  # after the settings were found to be those of the images that are there
             shown.save(path)
         exemplars = Exemplars(model, shown)
-        atlas.add("exemplars", exemplars.columns, settings=exemplars.settings, method="milan exemplars", **again)
+
+
+        def driven(site: Site) -> dict[str, Any]:
+            rows = atlas.query("SELECT dead FROM activity WHERE site = ? ORDER BY index", [site.number])
+            return exemplars.columns(site, rows["dead"].to_pylist())
+
+        settings = exemplars.settings
+        atlas.add("exemplars", driven, settings=settings, method="milan exemplars", types=EXEMPLAR_TYPES, **again)
         if causal and classifies(model, shown):
             ablation = Ablation(model, shown)
             atlas.add("ablation", ablation.columns, settings=ablation.settings, method="ablation", **again)

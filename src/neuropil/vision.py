@@ -200,6 +200,13 @@ def selectivity(
 # ----------------------------------------------------------------------------------------------- exemplars
 
 
+EXEMPLAR_TYPES = {
+    "exemplar_images": pa.list_(pa.int32()),
+    "exemplar_values": pa.list_(pa.float32()),
+    "exemplar_masks": pa.list_(pa.string()),
+}
+
+
 class Exemplars:
     """The images that drive each neuron most, and where on them, by MILAN's first step.
 
@@ -213,18 +220,22 @@ class Exemplars:
         self._run, self.k = _Prepared(model, images, batch_size), min(k, len(images))
         self.settings = {**images.settings, "k": self.k, "quantile": 0.99, "side": SIDE}
 
-    def columns(self, site: Site) -> dict[str, Any]:
+    def columns(self, site: Site, dead: Sequence[bool] | None = None) -> dict[str, Any]:
+        """The columns of one site; of its dead neurons no image tells more than another, and their lists are empty."""
         from neuropil.interpret.milan import exemplars
 
         shown = (x for _, x in self._run.batches())
         found = exemplars(self._run.module, shown, site, k=self.k, quantile=0.99, keep=False)
         held = found.compact(SIDE)
-        return {
-            "threshold": held["threshold"],
-            "exemplar_images": held["image_ids"].to(torch.int32),
-            "exemplar_values": held["values"].float(),
+        lists = {
+            "exemplar_images": held["image_ids"].tolist(),
+            "exemplar_values": held["values"].tolist(),
             "exemplar_masks": digits(held["masks"]),
         }
+        silent = [False] * site.width if dead is None else dead
+        for values in lists.values():
+            values[:] = [[] if off else each for each, off in zip(values, silent, strict=True)]
+        return {"threshold": held["threshold"], **lists}
 
 
 def digits(masks: Tensor) -> list[list[str]]:

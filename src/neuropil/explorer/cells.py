@@ -67,7 +67,7 @@ def _images(address: Any, images: Any) -> Cell:
     """The first pictures that drive a neuron, with their regions, as addresses of pictures."""
     if not images or not isinstance(address, str) or not ADDRESS.fullmatch(address):
         return Cell("empty")
-    return Cell("images", items=[f"/neuron/{address}/exemplar/{i}.png" for i in range(min(len(images), IMAGES_SHOWN))])
+    return Cell("images", items=[f"/neuron/{address}/exemplar/{i}.png?small=1" for i in range(min(len(images), IMAGES_SHOWN))])
 
 
 def _cell(name: str, value: Any, facts: Facts) -> Cell:

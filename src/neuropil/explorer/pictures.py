@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 DIMMED = 0.25  # brightness outside a region, as MILAN shows it
+DIMMED_SMALL, SMALL = 0.45, 96
 LEAST = 168  # pixels of the shorter side of a picture with a region, for a soft edge of the region
 OUTLINE = (245, 155, 76)
 
@@ -53,20 +54,29 @@ def region(mask: str) -> np.ndarray:
     return cells[: side * side].reshape(side, side)
 
 
-def lit(png: bytes, mask: str) -> bytes:
-    """A picture as PNG with what lies outside the region dimmed, and the region outlined."""
+def lit(png: bytes, mask: str, small: bool = False) -> bytes:
+    """A picture as PNG with what lies outside the region dimmed, and the region outlined.
+
+    Small, it is dimmed less and has no outline. Of an image without a region nothing is dimmed.
+    """
     from PIL import Image, ImageFilter
 
     picture = Image.open(io.BytesIO(png)).convert("RGB")
-    scale = max(1, math.ceil(LEAST / min(picture.size)))
+    cells = region(mask)
+    if not cells.any():
+        cells = np.ones_like(cells)
+    scale = max(1, math.ceil((SMALL if small else LEAST) / min(picture.size)))
     picture = picture.resize((picture.width * scale, picture.height * scale), Image.Resampling.NEAREST)
-    cells = Image.fromarray((255 * region(mask)).astype(np.uint8))
-    inside = cells.resize(picture.size, Image.Resampling.BILINEAR)
+    if small:
+        picture.thumbnail((SMALL, SMALL), Image.Resampling.LANCZOS)
+    inside = Image.fromarray((255 * cells).astype(np.uint8)).resize(picture.size, Image.Resampling.BILINEAR)
     edge = inside.point(lambda v: 255 if v > 127 else 0)
     share = np.asarray(inside, dtype=np.float64)[..., None] / 255
-    shown = np.asarray(picture, dtype=np.float64) * (DIMMED + (1 - DIMMED) * share)
+    dimmed = DIMMED_SMALL if small else DIMMED
+    shown = np.asarray(picture, dtype=np.float64) * (dimmed + (1 - dimmed) * share)
     rim = np.asarray(edge.filter(ImageFilter.MaxFilter(3)), dtype=int) - np.asarray(edge, dtype=int) > 0
-    shown[rim] = OUTLINE
+    if not small:
+        shown[rim] = OUTLINE
     sink = io.BytesIO()
     Image.fromarray(shown.round().astype(np.uint8)).save(sink, "PNG", compress_level=3)
     return sink.getvalue()

@@ -16,7 +16,7 @@ DEFAULT_COLUMNS = (
     *("dead", "brick", "brick_function"),
 )
 CHOICES = {"prefers": "preferred_class", "serves": "brick_function"}  # filters by one value of a column
-NUMBERS = ("site", "brick")
+RANGES = ("layer", "site", "brick")  # filters by a number or, as 3-5, by all from one to another
 
 
 def quoted(name: str) -> str:
@@ -96,11 +96,10 @@ class View:
             sort = ""
         flags = {f: query.get(f, "") if query.get(f) in {"yes", "no"} and f in columns else "" for f in FLAGS}
         chosen = {f: query.get(f, "")[:200] if column in columns else "" for f, column in CHOICES.items()}
-        chosen |= {f: query[f] for f in NUMBERS if f in columns and re.fullmatch(r"\d{1,9}", query.get(f, ""))}
-        layer = re.sub(r"\s+", "", query.get("layer", ""))
+        ranges = {f: re.sub(r"\s+", "", query.get(f, "")) for f in RANGES if f in columns}
+        chosen |= {f: text for f, text in ranges.items() if re.fullmatch(r"\d{1,9}(-\d{1,9})?", text)}
         return cls(
             q=query.get("q", "").strip()[:400],
-            layer=layer if re.fullmatch(r"\d+(-\d+)?", layer) else "",
             verdict=query.get("verdict", "") if "verdict" in columns else "",
             label=query.get("label", "").strip()[:200] if "label" in columns else "",
             about=query.get("about", "").strip()[:200] if "description" in columns else "",
@@ -147,9 +146,10 @@ class View:
     def where(self, found: list[str] | None) -> str:
         """The WHERE clause of the filters; `found` are the addresses that the search gave."""
         terms = []
-        if self.layer:
-            low, _, high = self.layer.partition("-")
-            terms.append(f"layer BETWEEN {int(low)} AND {int(high or low)}" if high else f"layer = {int(low)}")
+        for name in RANGES:
+            low, _, high = getattr(self, name).partition("-")
+            if low:
+                terms.append(f"{name} BETWEEN {int(low)} AND {int(high)}" if high else f"{name} = {int(low)}")
         if self.verdict == "unmeasured":
             terms.append("verdict IS NULL")
         elif self.verdict:
@@ -158,7 +158,6 @@ class View:
             terms.append(f"contains(lower(label), {literal(self.label.lower())})")
         if self.about:
             terms.append(f"contains(lower(description), {literal(self.about.lower())})")
-        terms += [f"{name} = {int(value)}" for name in NUMBERS if (value := getattr(self, name))]
         terms += [f"{column} = {literal(value)}" for f, column in CHOICES.items() if (value := getattr(self, f))]
         terms += [
             f"{name} IS {'' if value == 'yes' else 'NOT '}TRUE" for name in FLAGS if (value := getattr(self, name))

@@ -226,6 +226,8 @@ def silenced(row: Mapping[str, Any]) -> str:
             return ""
         more = f"{number(abs(expected))} nats {'less' if expected > 0 else 'more'}"
         return f"It was not silenced; from its gradient one expects that the model would give the right class {more}."
+    if not loss and not error:
+        return "Without it the model is as before."
     said = f"Without it the model gives the right class {_close(abs(loss), error)} nats {'less' if loss >= 0 else 'more'}"
     if error is not None and abs(loss) <= 2 * error:
         return f"{said}, which may be chance."

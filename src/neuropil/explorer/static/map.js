@@ -181,6 +181,7 @@
       }
       return n ? { mean: sum / n, second: second / n } : null;
     });
+    if (kind === "category" && state.head.column !== "verdict") { paintKinds(g, w, x0); return; }
     const known = sums.filter(Boolean), share = kind === "flag" || kind === "category";
     const most = Math.max(...known.map((s) => Math.abs(s.mean) + (kind === "category" ? s.second : 0)), 1e-12);
     const room = w > 60 ? w - x0 - 50 : w - x0 - 4;
@@ -202,6 +203,24 @@
     const c = state.head.categories;
     $("sharenote").textContent = "Right: " + (kind === "flag" ? "share of each layer" :
       kind === "category" ? `share ${c.slice(0, 2).join(" and ")} of each layer` : "mean of each layer");
+  }
+  function paintKinds(g, w, x0) { // how a layer divides among the categories
+    const room = w - x0 - 6;
+    state.head.sites.forEach((s, k) => {
+      const counts = new Map(), band = state.bands[k], h = Math.min(band.height, 10);
+      for (let i = 0; i < s.width; i++) {
+        const v = state.values[state.starts[k] + i];
+        if (v >= 0 && !state.off.has(v)) counts.set(v, (counts.get(v) ?? 0) + 1);
+      }
+      let x = x0;
+      for (const [v, n] of [...counts].sort((a, b) => a[0] - b[0])) {
+        const long = room * n / s.width;
+        g.fillStyle = css(colour(v));
+        g.fillRect(x, band.y + Math.max(0, band.height / 2 - 5), long, h);
+        x += long;
+      }
+    });
+    $("sharenote").textContent = "Right: how each layer divides";
   }
   function paintLegend() {
     const box = $("legend"), { kind, low, high } = state.head;
