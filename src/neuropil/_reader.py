@@ -146,9 +146,9 @@ class Reader:
         op, best = self.seen.ops[k], (out, self.seen.op_nodes[k])
         for module, (value, rank, _) in self.seen.outputs.items():
             own = len(value.streams) == 1 and value.streams[0].op == k and not value.streams[0].nonlinear
-            if own and module and not value.foreign and rank == op.rank and value.node > best[1]:
-                if value.node not in self.seen.bordered and value.streams[0].index.shape[1 - rank] == op.out_features:
-                    best = Tap(self.outer(module), "output", 1 - rank), value.node
+            own = own and value.node not in self.seen.bordered and not value.foreign and value.node > best[1]
+            if own and module and rank == op.rank and value.streams[0].index.shape[1 - rank] == op.out_features:
+                best = Tap(self.outer(module), "output", 1 - rank), value.node
         return best
 
     # weights

@@ -19,14 +19,16 @@ A vision model has no tokens. It is shown a probe of images instead, and the gro
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import time
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from neuropil.errors import ModelError
+from neuropil.errors import AtlasError, ModelError, NeuropilError
 
 if TYPE_CHECKING:
     from neuropil.atlas import Atlas
@@ -35,6 +37,7 @@ if TYPE_CHECKING:
     from neuropil.neurons import Site
 
 ROLES = ("up", "gate", "down")
+DIAGRAM = "diagram.json"  # in the folder of an atlas
 
 
 @dataclass(frozen=True)
@@ -145,10 +148,11 @@ def _see(
         activity = Activity(model, shown)
         again: dict[str, Any] = {"progress": progress, "overwrite": overwrite}
         atlas.add("activity", activity.columns, settings=activity.settings, method="activity", **again)
-        if main_rank() and stored_digest(path) != shown.digest:  # after the settings were found to be those of the images that are there
+        if (
+            main_rank() and stored_digest(path) != shown.digest
+        ):  # after the settings were found to be those of the images that are there
             shown.save(path)
         exemplars = Exemplars(model, shown)
-
 
         def driven(site: Site) -> dict[str, Any]:
             rows = atlas.query("SELECT dead FROM activity WHERE site = ? ORDER BY index", [site.number])
@@ -159,6 +163,50 @@ def _see(
         if causal and classifies(model, shown):
             ablation = Ablation(model, shown)
             atlas.add("ablation", ablation.columns, settings=ablation.settings, method="ablation", **again)
+        if main_rank() and kept_diagram(path, model.fingerprint) is None:
+            with contextlib.suppress(
+                NeuropilError
+            ):  # some models cannot be traced; the neurons are mapped all the same
+                keep_diagram(model, path, (int(shown.pixels.shape[2]), int(shown.pixels.shape[3])))
+
+
+def keep_diagram(model: Model, path: str | Path, size: tuple[int, int] | None = None) -> Any:
+    """Traces the model's circuit diagram, keeps it in the atlas at `path` as `diagram.json`, and gives it.
+
+    `size` is that of the images of a vision model that does not settle it.
+
+    Raises DiagramError or ModelError where the model cannot be traced.
+    """
+    import torch
+
+    from neuropil import _parts
+    from neuropil.data.probes import natural
+    from neuropil.interpret.diagrams import circuit_diagram
+    from neuropil.interpret.diagrams.trace import hidden
+
+    example = None
+    if (wanted := model.image_input) is not None:
+        size = wanted.fitted(size or natural("photos")).size
+        assert size is not None
+        example = wanted(torch.zeros(1, wanted.channels, *size, dtype=torch.uint8))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # an opaque box says so in the drawing
+        diagram = hidden(circuit_diagram(model, example).diagram, ("batch",))
+    text = json.dumps({"fingerprint": model.fingerprint, "diagram": diagram.to_json()})
+    with contextlib.suppress(AtlasError, OSError):  # an atlas that may not be written is read all the same
+        _parts.atomic_write(Path(path) / DIAGRAM, text.encode())
+    return diagram
+
+
+def kept_diagram(path: str | Path, fingerprint: str) -> Any:
+    """The diagram in the atlas at `path`; None where there is none of this model that can be read."""
+    from neuropil.interpret.diagrams import Diagram
+
+    try:
+        kept = json.loads((Path(path) / DIAGRAM).read_text(encoding="utf-8"))
+        return Diagram.from_json(kept["diagram"]) if kept["fingerprint"] == fingerprint else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
 
 
 def probe_for(model: Model, images: str | Path | Probe | None) -> Probe:

@@ -45,7 +45,9 @@ def as_rows(h: Tensor, axis: int, images: int) -> Float[Tensor, "images width pl
     """The activations of a site as images x neurons x places, wherever its neurons lie."""
     h = h.movedim(axis, -1)
     if h.shape[0] % images:
-        raise ModelError(f"activations of {list(h.shape)} for {images} images: which image each belongs to is not known")
+        raise ModelError(
+            f"activations of {list(h.shape)} for {images} images: which image each belongs to is not known"
+        )
     return h.reshape(images, -1, h.shape[-1]).transpose(1, 2).float()
 
 
@@ -170,7 +172,9 @@ class Activity:
                 for site in sites:
                     tally = tallies[site.name]
                     if not tally.batch:
-                        raise ModelError(f"{site.name} did not run on these images; the model has parts that need others")
+                        raise ModelError(
+                            f"{site.name} did not run on these images; the model has parts that need others"
+                        )
                     held = (tally.mean, tally.positive, tally.top, tally.low, tally.above)
                     for whole, part in zip(held, tally.batch, strict=True):
                         whole[start : start + size] = part
@@ -291,7 +295,9 @@ class Ablation:
         """The class of every image, and its log-probability by the whole model."""
         if self._whole is None:
             with torch.inference_mode():
-                logs = torch.cat([logits(self._run.module(x)).log_softmax(1) for _, x in self._run.batches(self.chosen)])
+                logs = torch.cat(
+                    [logits(self._run.module(x)).log_softmax(1) for _, x in self._run.batches(self.chosen)]
+                )
             labels, known = self._run.images.labels, len(self._run.images.classes)
             targets = labels[self.chosen] if labels is not None and known == logs.shape[1] else logs.argmax(1).cpu()
             self._whole = targets, logs.cpu().gather(1, targets.unsqueeze(1))[:, 0]
@@ -303,25 +309,30 @@ class Ablation:
         sums = {s.name: torch.zeros(s.width) for s in sites}
         for start, x in self._run.batches(self.chosen):
             for i in range(0, len(x), 4):  # a backward pass keeps all activations
-                part = x[i : i + 4].requires_grad_()
-                held: dict[str, Tensor] = {}
-
-                def hold(site: Site, held: dict[str, Tensor] = held) -> Callable[[Tensor], Tensor]:
-                    def act(h: Tensor) -> Tensor:
-                        held[site.name] = h
-                        return h.clone()  # what follows may overwrite its input
-
-                    return act
-
-                with torch.enable_grad(), tapped(self._run.module, [(s.tap, s.width, hold(s)) for s in sites]):
-                    logs = logits(self._run.module(part)).log_softmax(1)
-                    own = logs.gather(1, targets[start + i : start + i + len(part)].unsqueeze(1).to(logs.device))
-                    gradients = torch.autograd.grad(own.sum(), list(held.values()), allow_unused=True)
-                for (name, h), g in zip(held.items(), gradients, strict=True):
-                    axis = next(s.tap.axis for s in sites if s.name == name)
-                    if g is not None:
-                        sums[name] += as_rows((h * g).detach(), axis, len(part)).sum((0, 2)).cpu()
+                part = x[i : i + 4]
+                for site, rows in self._products(part, targets[start + i : start + i + len(part)], sites):
+                    sums[site.name] += rows.sum((0, 2)).cpu()
         return {name: total / len(self.chosen) for name, total in sums.items()}
+
+    def _products(self, x: Tensor, targets: Tensor, sites: list[Site]) -> Iterator[tuple[Site, Tensor]]:
+        """Each site's activation times the gradient of the classes' log-probability, images x neurons x places."""
+        held: dict[str, Tensor] = {}
+
+        def hold(site: Site) -> Callable[[Tensor], Tensor]:
+            def act(h: Tensor) -> Tensor:
+                held[site.name] = h
+                return h.clone()  # what follows may overwrite its input
+
+            return act
+
+        with torch.enable_grad(), tapped(self._run.module, [(s.tap, s.width, hold(s)) for s in sites]):
+            logs = logits(self._run.module(x.requires_grad_())).log_softmax(1)
+            own = logs.gather(1, targets.unsqueeze(1).to(logs.device)).sum()
+            gradients = torch.autograd.grad(own, list(held.values()), allow_unused=True)
+        by_name = dict(zip(held, gradients, strict=True))
+        for site in sites:
+            if (gradient := by_name.get(site.name)) is not None:
+                yield site, as_rows((held[site.name] * gradient).detach(), site.tap.axis, len(x))
 
     def _silenced(self, site: Site, neurons: list[int]) -> tuple[Tensor, Tensor]:
         targets, before = self._targets()

@@ -62,7 +62,9 @@ def read_prompts(path: Path | None) -> list[str] | None:
     "torchrun --nproc-per-node 2 -m neuropil atlas   the layers shared between two processes",
 )
 def atlas(
-    model: Annotated[str, typer.Argument(help="smollm2, efficientnet-lite0, a Hugging Face folder or name, or a GGUF file.")] = "smollm2",
+    model: Annotated[
+        str, typer.Argument(help="smollm2, efficientnet-lite0, a Hugging Face folder or name, or a GGUF file.")
+    ] = "smollm2",
     out: Annotated[
         Path | None,
         typer.Option("--out", "-o", help="The atlas's folder.", show_default="./atlases/<model name>"),

@@ -104,7 +104,9 @@ def probe(source: str | Path, channels: int, size: tuple[int, int], limit: int =
     other channels than 1 (grey) and 3 (colour).
     """
     if channels not in (1, 3):
-        raise ValueError(f"this model takes images of {channels} channels; give your own: images=Probe(name, pixels, ...)")
+        raise ValueError(
+            f"this model takes images of {channels} channels; give your own: images=Probe(name, pixels, ...)"
+        )
     if source == "photos":
         return _cut(channels, size, limit)
     if source in SETS:
@@ -226,7 +228,9 @@ def _opened(path: Path) -> Any:
         picture = Image.open(path)
         picture.load()
     except (UnidentifiedImageError, OSError, ValueError, Image.DecompressionBombError) as error:
-        raise ModelError(f"{path} cannot be read as an image ({error}); mend it or take it out of the folder") from error
+        raise ModelError(
+            f"{path} cannot be read as an image ({error}); mend it or take it out of the folder"
+        ) from error
     return picture
 
 

@@ -10,6 +10,7 @@ from fastapi import Depends, FastAPI, Form, Request
 from fastapi.responses import HTMLResponse, JSONResponse, RedirectResponse, Response, StreamingResponse
 from fastapi.staticfiles import StaticFiles
 from fastapi.templating import Jinja2Templates
+from markupsafe import Markup
 from pydantic import BaseModel, Field
 from starlette.concurrency import iterate_in_threadpool
 from starlette.exceptions import HTTPException
@@ -19,6 +20,7 @@ import neuropil
 from neuropil.errors import NeuropilError, QueryError, UnknownNeuron
 from neuropil.explorer import pictures, words
 from neuropil.explorer.cells import ADDRESS, cells, heads
+from neuropil.explorer.drawing import DEPTHS, Drawings
 from neuropil.explorer.facts import Facts
 from neuropil.explorer.guard import Guard
 from neuropil.explorer.live import Live, NotReady, Run
@@ -428,8 +430,31 @@ def _parts(app: FastAPI, facts: Facts, live: Live, page: Any) -> None:
             shown=shown,
             function=function[:200],
             functions=facts.values("brick_function"),
-            site={s.number: s for s in facts.sites}.get(chosen),
         )
+
+    drawings = Drawings(facts.path, live)
+
+    def drawn(depth: int, fold: bool) -> Any:
+        fingerprint = _field(facts.atlas.manifest, "fingerprint")
+        return drawings.drawn(facts.sites, fingerprint, min(max(depth, 0), DEPTHS), fold)
+
+    @app.get("/diagram")
+    def diagram(request: Request, depth: int = 1, fold: bool = True) -> Response:
+        depth = min(max(depth, 0), DEPTHS)
+        return page(request, "diagram.html", depth=depth, fold=fold, depths=DEPTHS)
+
+    @app.get("/diagram/drawing")
+    def drawing(request: Request, depth: int = 1, fold: bool = True) -> Response:
+        """The drawing alone: tracing a model may take a while, and the page does not wait for it."""
+        try:
+            svg, problem = Markup(drawn(depth, fold).svg), ""
+        except NeuropilError as error:
+            svg, problem = Markup(""), str(error)
+        return page(request, "_drawing.html", svg=svg, problem=problem, depth=depth, fold=fold, status=live.status)
+
+    @app.get("/diagram/style.css")
+    def style(depth: int = 1, fold: bool = True) -> Response:
+        return Response(drawn(depth, fold).css, media_type="text/css", headers=OFTEN)
 
 
 async def _events(request: Request, live: Live, job: Run) -> AsyncIterator[str]:

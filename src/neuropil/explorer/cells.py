@@ -58,7 +58,8 @@ def cells(table: pa.Table, facts: Facts) -> list[list[Cell]]:
     if {"neuron", "exemplar_images"} <= set(table.column_names) and facts.images:
         addresses = table.column("neuron").to_pylist()
         columns[table.column_names.index("exemplar_images")] = [
-            _images(address, images) for address, images in zip(addresses, table.column("exemplar_images").to_pylist(), strict=True)
+            _images(address, images)
+            for address, images in zip(addresses, table.column("exemplar_images").to_pylist(), strict=True)
         ]
     return [list(row) for row in zip(*columns, strict=True)]
 
@@ -67,7 +68,9 @@ def _images(address: Any, images: Any) -> Cell:
     """The first pictures that drive a neuron, with their regions, as addresses of pictures."""
     if not images or not isinstance(address, str) or not ADDRESS.fullmatch(address):
         return Cell("empty")
-    return Cell("images", items=[f"/neuron/{address}/exemplar/{i}.png?small=1" for i in range(min(len(images), IMAGES_SHOWN))])
+    return Cell(
+        "images", items=[f"/neuron/{address}/exemplar/{i}.png?small=1" for i in range(min(len(images), IMAGES_SHOWN))]
+    )
 
 
 def _cell(name: str, value: Any, facts: Facts) -> Cell:

@@ -309,13 +309,14 @@ class Facts:
 
     def brief(self, addresses: list[str]) -> dict[str, dict[str, Any]]:
         """Label, verdict and first tokens of some neurons, by address; what they are described as, where they are."""
-        wanted = ("label", "verdict", "effect", "up_tokens", "clamp_value", "description", "preferred_class")
-        names = [c for c in wanted if c in self.columns]
+        told = ("label", "verdict", "effect", "up_tokens", "clamp_value", "description", "preferred_class")
+        names = [c for c in told if c in self.columns]
         if not addresses:
             return {}
+        wanted = ["neuron", *map(quoted, names)]
+        wanted += ["len(exemplar_images) AS exemplars"] if "exemplar_images" in self.columns else []
         rows = self.rows(
-            f"SELECT {', '.join(['neuron', *map(quoted, names)])} FROM neurons "
-            f"WHERE neuron IN ({', '.join(map(literal, addresses))})"
+            f"SELECT {', '.join(wanted)} FROM neurons WHERE neuron IN ({', '.join(map(literal, addresses))})"
         )
         return {row["neuron"]: row for row in rows}
 
@@ -386,7 +387,8 @@ class Facts:
         function = "brick_function" if "brick_function" in self.columns else "NULL"
         about = "first(description) FILTER (description <> '')" if "description" in self.columns else "NULL"
         rows = self.rows(
-            f'SELECT site, brick, {function} AS function, count(*) AS size, (list(neuron ORDER BY "index"))[1:6] AS first, '
+            f"SELECT site, brick, {function} AS function, count(*) AS size, "
+            '(list(neuron ORDER BY "index"))[1:6] AS first, '
             f"{about} AS about FROM neurons WHERE brick IS NOT NULL GROUP BY site, brick, {function} "
             "ORDER BY site, (function IS NULL), size DESC, brick"
         )

@@ -27,7 +27,7 @@ _FORMATS = (
 
 
 def load(source: str | os.PathLike[str] | nn.Module, tokenizer: Any = None) -> Model:
-    """A `Model` from "smollm2", "efficientnet-lite0", a GGUF file, a Hugging Face folder or hub name, or a module in memory.
+    """A `Model` from "smollm2" or "efficientnet-lite0", a GGUF file, a Hugging Face folder or hub name, or a module.
 
     No weights are read yet: they are read tensor by tensor when asked for, and nothing is ever unpickled. A
     hub name is looked up in the local Hugging Face cache first and downloaded only if it is not there and

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Container
 
 from neuropil.interpret.diagrams.axes import Array, written
-from neuropil.interpret.diagrams.core import Diagram, Step, join
+from neuropil.interpret.diagrams.core import Diagram, Step
 from neuropil.interpret.diagrams.fold import folded
 from neuropil.interpret.diagrams.items import titles
 from neuropil.interpret.diagrams.layout import draw
