@@ -37,6 +37,7 @@ ORDER = [
     "compress",
     "bricks",
     "coverage",
+    "diagram",
     "law",
     "papers",
     "reproduce",

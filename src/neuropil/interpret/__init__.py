@@ -3,6 +3,7 @@
 from neuropil.interpret.bricks import partition_bricks
 from neuropil.interpret.compare import Comparison, compare
 from neuropil.interpret.decode import Decoder, decode
+from neuropil.interpret.diagrams import circuit_diagram
 from neuropil.interpret.rows import Decoded, decode_rows
 
-__all__ = ["Comparison", "Decoded", "Decoder", "compare", "decode", "decode_rows", "partition_bricks"]
+__all__ = ["Comparison", "Decoded", "Decoder", "circuit_diagram", "compare", "decode", "decode_rows", "partition_bricks"]

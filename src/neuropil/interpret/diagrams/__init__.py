@@ -71,16 +71,20 @@ from neuropil.interpret.diagrams.library import (
     transpose,
     weight,
 )
+from neuropil.interpret.diagrams.spatial import Window, conv, conv_transpose, max_pool, mean_pool, unfold
+from neuropil.interpret.diagrams.trace import Circuit, circuit_diagram
 
 __all__ = [
     "Array",
     "Axis",
     "Builder",
+    "Circuit",
     "Diagram",
     "DiagramError",
     "Op",
     "Polymorphic",
     "Step",
+    "Window",
     "Wire",
     "add",
     "array",
@@ -89,8 +93,11 @@ __all__ = [
     "block",
     "box",
     "build",
+    "circuit_diagram",
     "concat",
     "constant",
+    "conv",
+    "conv_transpose",
     "div",
     "einsum",
     "elementwise",
@@ -103,8 +110,10 @@ __all__ = [
     "learned_shift",
     "linear",
     "log",
+    "max_pool",
     "maximum",
     "mean",
+    "mean_pool",
     "merge",
     "mul",
     "outer",
@@ -125,6 +134,7 @@ __all__ = [
     "tanh",
     "total",
     "transpose",
+    "unfold",
     "weight",
     "wiring",
 ]

@@ -88,6 +88,8 @@ class Op:
             raise DiagramError(
                 f"{self.name or self.kind} cannot be broadcast over {new.name!r}, which it has; rename it"
             )
+        if self.kind in ("aten", "opaque", "vjp") or (self.kind == "concat" and not all(carried)):
+            raise DiagramError(f"{self.name or self.kind} cannot be broadcast over {new.name!r}: no rule for it")
         dom = tuple(a.with_axis(new, at) if yes else a for a, yes in zip(self.dom, carried, strict=True))
         if self.body is not None:
             body = self.body.lift(new, carried=carried, at=at)
@@ -260,12 +262,6 @@ class Diagram:
         from neuropil.interpret.diagrams.run import Compiled
 
         return Compiled(self.sized(**sizes) if sizes else self, weights, seed)
-
-    def source(self, name: str = "Net") -> str:
-        """The diagram as the text of a PyTorch module."""
-        from neuropil.interpret.diagrams.source import source
-
-        return source(self, name)
 
     def cost(self, **sizes: Any) -> Cost:
         """Operations and memory, as numbers or as polynomials in the sizes that are not known."""

@@ -72,7 +72,7 @@ def short(number: object) -> str:
 def titles(op: Op, weights: Sequence[Op]) -> tuple[str, str]:
     """What stands in the box, and below it in small."""
     named = ", ".join(w.name.rsplit("/", 1)[-1].removesuffix(".weight") for w in weights)
-    if op.kind == "elementwise":
+    if op.kind == "elementwise" or (op.kind == "aten" and op.name in FUNCTIONS):
         function, number = FUNCTIONS.get(op.name), op.option("number")
         symbol = (function.symbol if function else "") or op.name
         shown = symbol if number is None else f"{symbol} {short(number)}"
@@ -88,7 +88,7 @@ def titles(op: Op, weights: Sequence[Op]) -> tuple[str, str]:
     if op.kind == "block":
         name = op.name if "last" not in dict(op.options) else f"{op.name} … {op.option('last')}"
         return name.removeprefix("/"), str(op.option("role", ""))
-    return op.name or op.kind, str(op.option("role", "")) or named
+    return op.name.removeprefix("/") or op.kind, str(op.option("role", "")) or named
 
 
 def _affine(op: Op) -> str:
@@ -142,9 +142,10 @@ def _style(op: Op, weights: Sequence[Op]) -> str:
         learned = any(inner.kind == "weight" for _, inner in (op.body.walk() if op.body else ()))
         single = op.body is not None and sum(s.op.kind != "weight" for s in op.body.steps) <= 2
         return "learned" if learned and single else "block"
-    if op.kind == "weight" or weights:
+    if op.kind == "weight" or any(w.option("trainable", True) for w in weights):
         return "learned"
-    return "pill" if op.kind == "elementwise" else "box"
+    everywhere = op.kind == "aten" and bool(op.cod) and set(op.cod[0].names) == set(op.over)
+    return "pill" if op.kind == "elementwise" or everywhere else "box"
 
 
 def _box(op: Op, weights: Sequence[Op], dom: Sequence[Array], module: str) -> Item:

@@ -81,7 +81,7 @@ def _columns(diagram: Diagram, path: str, depth: int, opened: Callable[[str, int
         slots = []
         for step in chosen:
             ins = [i for i in step.ins if i not in absorbed]
-            if step.op.kind == "elementwise" and step.op.name in ("add", "mul"):
+            if step.op.kind in ("elementwise", "aten") and step.op.name in ("add", "mul"):
                 ins.sort(key=place.__getitem__)
             glyph = _glyph(diagram, step, ins, absorbed, path, depth, opened, room)
             key = sum(place[i] for i in ins) / len(ins) if ins else _where(diagram, step, place)
