@@ -33,6 +33,7 @@ ORDER = [
     "query",
     "diff",
     "clamp",
+    "describe",
     "compare",
     "compress",
     "bricks",

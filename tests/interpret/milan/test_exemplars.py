@@ -98,7 +98,7 @@ def test_the_running_quantile_is_within_its_stated_error(seed: int, shape: str, 
         error = stream.error(q)
         scale = values.abs().amax(1) * 1e-6
         assert ((stream.quantile(q) - truth).abs() <= error + scale).all()
-    assert (stream.width <= 2 * (values.amax(1) - values.amin(1)) / 512 + 1e-12).all()
+    assert (stream.width <= 4 * (values.amax(1) - values.amin(1)) / 512 + 1e-12).all()
 
 
 def test_the_quantile_is_exact_while_it_fits() -> None:
@@ -260,7 +260,7 @@ def test_saved_and_loaded_and_taken(tmp_path: Path) -> None:
 
 
 def test_the_compact_form_covers_the_region() -> None:
-    found = exemplars(small_net(), images(60, 28), "0")
+    found = exemplars(small_net()[:3], images(60, 28), "0")
     small = found.compact(14)
     cells = found.masks()[:, :, 0].unflatten(2, (14, 2)).unflatten(4, (14, 2)).float().mean((3, 5))
     assert torch.equal(small["masks"] > 0, cells > 0)
@@ -328,7 +328,7 @@ def test_the_model_is_as_it_was() -> None:
     exemplars(net, images(5), "0")
     assert [m.training for m in net.modules()] == modes
     with pytest.raises(RuntimeError):
-        exemplars(net, images(5, side=9), "0")  # the last layer does not fit
+        exemplars(net, images(5, side=12), "0")  # the last layer does not fit
     assert [m.training for m in net.modules()] == modes
     assert not any(m._forward_hooks for m in net.modules())
 

@@ -206,7 +206,7 @@ def exemplars(
         model.eval()
         with torch.no_grad(), seen_layer(model, layer) as seen:
             for number, batch in enumerate(batched(images, batch_size, run.top.seen), 1):
-                inputs = _inputs(model, batch, generative)
+                inputs = inputs_of(model, batch, generative)
                 seen.clear()
                 out = model(*inputs)
                 if len(seen) != 1:
@@ -237,30 +237,38 @@ def _check(model: nn.Module, layer: str | Site, k: int, quantile: float, units: 
 
 
 def batched(images: Any, batch_size: int, skip: int = 0) -> Iterator[Any]:
-    """The probe from an image on: slices of a tensor, items of a data set put together, or the batches that come."""
+    """The probe from an image on: slices of tensors, items of a data set put together, or the batches that come."""
+    if isinstance(images, torch.utils.data.TensorDataset):
+        images = images.tensors
     if isinstance(images, Tensor):
         yield from images[skip:].split(batch_size) if skip < len(images) else ()
+    elif isinstance(images, tuple) and all(isinstance(part, Tensor) for part in images):
+        yield from zip(*(batched(part, batch_size, skip) for part in images), strict=True)
     elif hasattr(images, "__getitem__") and hasattr(images, "__len__") and not isinstance(images, list | tuple):
         for start in range(skip, len(images), batch_size):
-            yield torch.utils.data.default_collate(
-                [images[i] for i in range(start, min(start + batch_size, len(images)))]
-            )
+            items = [images[i] for i in range(start, min(start + batch_size, len(images)))]
+            yield torch.utils.data.default_collate(items)
     elif isinstance(images, Iterable):
-        for batch in images:
-            size = len(batch if isinstance(batch, Tensor) else next(iter(batch)))
-            if skip >= size:
-                skip -= size
-            elif skip:
-                raise ValueError("the checkpoint ends within a batch: go on with batches of the size it was made with")
-            else:
-                yield batch
+        yield from _after(images, skip)
     else:
-        raise ValueError(
-            f"images is a {type(images).__name__}; expected a tensor, a data set or an iterable of batches"
-        )
+        kind = type(images).__name__
+        raise ValueError(f"images is a {kind}; expected a tensor, a data set or an iterable of batches")
 
 
-def _inputs(model: nn.Module, batch: Any, generative: bool) -> list[Tensor]:
+def _after(batches: Iterable[Any], skip: int) -> Iterator[Any]:
+    """The batches after so many images, which end with a batch."""
+    for batch in batches:
+        size = len(batch if isinstance(batch, Tensor) else next(iter(batch)))
+        if skip >= size:
+            skip -= size
+        elif skip:
+            raise ValueError("the checkpoint ends within a batch: go on with batches of the size it was made with")
+        else:
+            yield batch
+
+
+def inputs_of(model: nn.Module, batch: Any, generative: bool = False) -> list[Tensor]:
+    """What the model is given of a batch: the first of a pair, or all of it."""
     parts = [batch] if isinstance(batch, Tensor) else list(batch)
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     return [part.to(device) for part in (parts if generative else parts[:1])]

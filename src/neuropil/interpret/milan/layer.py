@@ -69,7 +69,7 @@ def as_maps(h: Any, batch: int, channels_last: bool, reshape: Reshape | None, na
         raise ModelError(f"layer {name!r} gives a {type(h).__name__}, not a tensor; choose a layer inside it")
     if reshape is not None:
         h = reshape(h)
-    elif h.dim() == 3 and channels_last and h.shape[0] == batch:
+    elif h.dim() == 3 and h.shape[0] == batch:
         h = _tokens(h, name)
     elif h.dim() == 4 and channels_last:
         h = h.movedim(-1, 1)

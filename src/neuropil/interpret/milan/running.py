@@ -20,14 +20,14 @@ class RunningQuantile:
     Exact while at most `capacity` values a row have come. After that the values are counts in `bins` bins of equal
     width a row, whose width doubles (neighbours join) whenever a value falls outside. No count is ever lost, so the
     rank of every bin's edge stays exact and the quantile lies in the bin it is found in: `error()` gives that bin's
-    width, an upper bound of the error. It is at most 2/bins of the row's range.
+    width, an upper bound of the error. It is at most 4/bins of the row's range.
 
     >>> stream = RunningQuantile(1, capacity=100, bins=512)
     >>> values = torch.rand(1, 50_000, generator=torch.Generator().manual_seed(0))
     >>> for part in values.split(1000, dim=1):
     ...     stream.add(part)
     >>> gap = (stream.quantile(0.99) - torch.quantile(values, 0.99)).abs()
-    >>> bool(gap <= stream.error(0.99)), bool(stream.error(0.99) <= 2 / 512)
+    >>> bool(gap <= stream.error(0.99)), bool(stream.error(0.99) <= 4 / 512)
     (True, True)
     """
 

@@ -1,0 +1,190 @@
+"""`neuropil describe`: what drives the units of a vision model, in sentences."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from neuropil.cli import output
+from neuropil.cli.app import AsJson, command, interruptible
+from neuropil.cli.atlas import load_model
+from neuropil.cli.output import Column
+from neuropil.errors import NeuropilError
+
+if TYPE_CHECKING:
+    from neuropil.interpret.milan import MILAN, Description, ExemplarSet
+    from neuropil.interpret.milan.sheet import Pictures
+    from neuropil.models import Model
+    from neuropil.neurons import Site
+
+SHOWN = 12
+
+
+@command(
+    "describe",
+    "Models",
+    "neuropil describe ./my-vit ./photos --layer 3 --out units.csv",
+    "neuropil describe ./my-resnet ./photos --out units.csv     every layer, and a page of pictures",
+    "neuropil describe ./my-vit ./photos --atlas atlases/vit    into an atlas of the model",
+    "neuropil describe ./my-vit ./photos --captioner mine --encoder ./my-resnet",
+)
+def describe(
+    model: Annotated[str, typer.Argument(help="A vision model: a Hugging Face folder or name.")],
+    images: Annotated[Path, typer.Argument(exists=True, file_okay=False, help="A folder of pictures.")],
+    layer: Annotated[
+        list[str] | None,
+        typer.Option("--layer", "-l", help="A site's number or name, or a module's name.", show_default="all sites"),
+    ] = None,
+    k: Annotated[int, typer.Option("-k", min=1, help="Pictures a unit.")] = 15,
+    quantile: Annotated[float, typer.Option(help="Of a unit's activations, above which its region is.")] = 0.99,
+    lam: Annotated[float, typer.Option(min=0, help="How much the usual is held against a sentence.")] = 0.2,
+    beam: Annotated[int, typer.Option(min=1, help="Sentences tried.")] = 50,
+    captioner: Annotated[
+        Path | None,
+        typer.Option(
+            exists=True, file_okay=False, help="A folder of MILAN.save.", show_default="one of generated scenes"
+        ),
+    ] = None,
+    encoder: Annotated[
+        str | None, typer.Option(metavar="MODEL", help="The network that the captioner sees with.")
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", metavar="FILE.csv", help="A table, and a page beside it (.html).")
+    ] = None,
+    atlas: Annotated[
+        Path | None, typer.Option(metavar="ATLAS", help="Add the descriptions to this atlas of MODEL.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Say in a sentence which regions of IMAGES drive each unit of MODEL.
+
+    The captioner that is there by itself learned from generated scenes: it knows colours, textures, shapes, sizes and
+    letters. It is trained in a few minutes when first used, and kept in the cache.
+    """
+    if atlas is not None:
+        from neuropil.atlas import Atlas
+
+        Atlas.open(atlas).close()  # it must be there, which is asked before the work
+    loaded = load_model(model)
+    net = loaded.module()
+    layers = _layers(loaded, layer)
+    probe = _probe(loaded, images)
+    milan = _captioner(captioner, encoder).set_params(lam=lam, beam=beam)
+    described: list[tuple[ExemplarSet, list[Description]]] = []
+    from neuropil.interpret.milan import exemplars
+
+    with interruptible(lambda: "Stopped; nothing was written."):
+        for each in layers:
+            output.note(f"{each if isinstance(each, str) else each.name}: {output.plural(len(probe), 'picture')} …")
+            found = exemplars(net, probe, each, k=k, quantile=quantile, show=probe.show)
+            described.append((found, milan.describe(found)))
+    facts: dict[str, Any] = {
+        "model": loaded.name, "pictures": len(probe), "captioner": str(captioner or "generated scenes"),
+        "units": [fact for found, texts in described for fact in _facts(found, texts)],
+    }  # fmt: skip
+    if out is not None:
+        facts["written"] = _written(out, described, probe, loaded.name)
+    if atlas is not None:
+        facts["columns"] = _added(atlas, loaded, described, layers, {"k": k, "quantile": quantile, "lam": lam})
+    output.as_json(facts) if as_json else _show(facts)
+
+
+def _layers(loaded: Model, names: list[str] | None) -> list[str | Site]:
+    """Sites by number or name, anything else as the name of a module (which is looked for later)."""
+    if not names:
+        return list(loaded.sites)
+    by_name = {site.name: site for site in loaded.sites} | {str(site.number): site for site in loaded.sites}
+    return [by_name.get(name, name) for name in names]
+
+
+def _probe(loaded: Model, folder: Path) -> Pictures:
+    """At the size and with the normalisation that the model's own files tell."""
+    from neuropil.interpret.milan.sheet import Pictures
+
+    said: dict[str, Any] = {}
+    if loaded.path is not None and (file := Path(loaded.path) / "preprocessor_config.json").is_file():
+        said = json.loads(file.read_text())
+    config = loaded.config
+    side = getattr(config, "image_size", None) or _side(said.get("size")) or 224
+    size = (side, side) if isinstance(side, int) else (int(side[0]), int(side[1]))
+    half = [0.5, 0.5, 0.5]
+    channels = getattr(config, "num_channels", 3)
+    return Pictures(folder, size, said.get("image_mean") or half, said.get("image_std") or half, channels)
+
+
+def _side(size: Any) -> Any:
+    if isinstance(size, dict):
+        return (size["height"], size["width"]) if "height" in size else size.get("shortest_edge")
+    return size
+
+
+def _captioner(folder: Path | None, encoder: str | None) -> MILAN:
+    from neuropil.interpret.milan import MILAN, scene_captioner
+
+    if folder is not None and encoder is not None:
+        return MILAN.load(folder, load_model(encoder).module())
+    if folder is not None and not (folder / "encoder.safetensors").is_file():
+        raise NeuropilError(f"{folder} holds no network to see with; name the one it was trained with by --encoder")
+    if folder is None:
+        output.note("the captioner of generated scenes (trained once, in a few minutes) …")
+    with interruptible(lambda: "Stopped while the captioner learned; nothing was kept."):
+        return scene_captioner(folder)
+
+
+def _facts(found: ExemplarSet, texts: list[Description]) -> list[dict[str, Any]]:
+    rows = zip(found.units.tolist(), found.dead.tolist(), texts, strict=True)
+    return [
+        {
+            "layer": found.layer,
+            "unit": u,
+            "dead": d,
+            "description": t.text,
+            "score": None if d else t.score,
+        }
+        for u, d, t in rows
+    ]
+
+
+def _written(
+    out: Path, described: list[tuple[ExemplarSet, list[Description]]], probe: Pictures, title: str
+) -> list[str]:
+    from neuropil.interpret.milan.sheet import write_sheet, write_table
+
+    names = [str(path.relative_to(probe.folder)) for path in probe.paths]
+    page = write_sheet(out.with_suffix(".html"), described, title)
+    return [str(write_table(out, described, names)), str(page)]
+
+
+def _added(
+    path: Path,
+    loaded: Model,
+    described: list[tuple[ExemplarSet, list[Description]]],
+    layers: list[str | Site],
+    settings: dict[str, Any],
+) -> list[str]:
+    from neuropil.atlas import Atlas
+    from neuropil.interpret.milan import as_columns
+
+    others = [each for each in layers if isinstance(each, str)]
+    if others:
+        raise NeuropilError(f"an atlas holds sites alone, and {others[0]!r} is none; give a site's number or name")
+    columns = {found.layer: as_columns(found, texts) for found, texts in described}
+    with Atlas.create(path, loaded) as atlas:
+        atlas.add("milan", columns, settings=settings, method="interpret.milan", overwrite=True)
+        return ["description", "description_score", "dead"]
+
+
+def _show(facts: dict[str, Any]) -> None:
+    units = facts["units"]
+    alive = sorted((u for u in units if not u["dead"]), key=lambda u: -u["score"])
+    rows = [[u["layer"], str(u["unit"]), u["description"], f"{u['score']:.2f}"] for u in alive[:SHOWN]]
+    output.listing([Column("layer"), Column("unit"), Column("description", give=True), Column("score")], rows)
+    lines = {"units": f"{len(units)} described from {facts['pictures']} pictures, {len(units) - len(alive)} dead"}
+    if "written" in facts:
+        lines["written"] = ", ".join(facts["written"])
+    if "columns" in facts:
+        lines["columns"] = ", ".join(facts["columns"])
+    output.pairs(lines)

@@ -1,0 +1,127 @@
+"""`neuropil describe`: what is written, said and refused; and the table and page of descriptions."""
+
+from __future__ import annotations
+
+import csv
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+from test_cli import run
+
+from neuropil.atlas import Atlas
+from neuropil.errors import NeuropilError
+from neuropil.interpret.milan import scene_captioner
+from neuropil.interpret.milan.scenes import scenes
+from neuropil.interpret.milan.sheet import Pictures
+from neuropil.models import load
+
+
+@pytest.fixture(scope="module")
+def net(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small random ViT, as `save_pretrained` leaves it."""
+    from transformers import ViTConfig, ViTForImageClassification
+
+    path = tmp_path_factory.mktemp("models") / "vit"
+    torch.manual_seed(0)
+    config = ViTConfig(
+        hidden_size=8, num_hidden_layers=2, num_attention_heads=2, intermediate_size=10, image_size=32, patch_size=8
+    )
+    ViTForImageClassification(config).save_pretrained(path)
+    (path / "preprocessor_config.json").write_text(
+        json.dumps({"image_mean": [0.4, 0.5, 0.6], "image_std": [0.2, 0.3, 0.5], "size": {"height": 32, "width": 32}})
+    )
+    return path
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("photos")
+    (folder / "below").mkdir()
+    for number, picture in enumerate(scenes(20, seed=5).images):
+        array = (picture * 255).byte().permute(1, 2, 0).numpy()
+        Image.fromarray(array).save(folder / ("below" if number % 2 else ".") / f"{number:02d}.png")
+    (folder / "notes.txt").write_text("no picture")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def captioner(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("captioner") / "small"
+    scene_captioner(folder, count=200, sets=60, epochs=1, captioner_epochs=2)
+    return folder
+
+
+def test_a_table_a_page_and_columns(net: Path, photos: Path, captioner: Path, tmp_path: Path) -> None:
+    atlas, out = tmp_path / "atlas", tmp_path / "units.csv"
+    Atlas.create(atlas, load(net)).close()
+    done = run(
+        "describe",
+        net,
+        photos,
+        "-k",
+        4,
+        "--beam",
+        5,
+        "--captioner",
+        captioner,
+        "--out",
+        out,
+        "--atlas",
+        atlas,
+        "--json",
+    )
+    assert done.exit_code == 0, done.stderr
+    facts: dict[str, Any] = json.loads(done.stdout)
+    assert facts["pictures"] == 20
+    with out.open(newline="") as file:
+        lines = list(csv.DictReader(file))
+    assert [int(line["unit"]) for line in lines] == [*range(10)] * 2
+    assert [line["description"] for line in lines] == [unit["description"] for unit in facts["units"]]
+    assert all(len(line["images"].split(";")) == 4 for line in lines)
+    assert (photos / lines[0]["images"].split(";")[0]).is_file()
+    page = out.with_suffix(".html").read_text()
+    assert len(re.findall("<figure>", page)) == 20
+    assert page.count("data:image/jpeg;base64,") == 20
+    with Atlas.open(atlas) as made:
+        table = made.query("SELECT description, dead FROM neurons ORDER BY site, index")
+    assert table["description"].to_pylist() == [line["description"] for line in lines]
+
+
+def test_one_layer_by_number_by_name_and_said_in_a_terminal(net: Path, photos: Path, captioner: Path) -> None:
+    site = load(net).sites[1]
+    for layer in ("1", site.name):
+        done = run("describe", net, photos, "-l", layer, "-k", 3, "--beam", 3, "--captioner", captioner, "--json")
+        assert {unit["layer"] for unit in json.loads(done.stdout)["units"]} == {site.name}
+    said = run("describe", net, photos, "-l", "0", "-k", 3, "--beam", 3, "--captioner", captioner)
+    assert said.exit_code == 0
+    assert "10 described from 20 pictures" in said.stdout
+
+
+def test_what_is_wrong_is_said(net: Path, photos: Path, captioner: Path, tmp_path: Path) -> None:
+    def refused(*arguments: Any) -> str:
+        done = run("describe", *arguments)
+        assert done.exit_code not in (0, 1) or "fault" not in done.stderr
+        assert done.exit_code != 0
+        return done.stderr
+
+    assert "near names" in refused(net, photos, "-l", "layer9", "--captioner", captioner)
+    assert "no picture" in refused(net, tmp_path, "--captioner", captioner)
+    assert "no captioner" in refused(net, photos, "--captioner", tmp_path, "--encoder", net)
+    assert "--encoder" in refused(net, photos, "--captioner", tmp_path)
+    assert "atlas" in refused(net, photos, "--captioner", captioner, "--atlas", tmp_path / "none")
+
+
+def test_pictures_are_cut_and_normalised(photos: Path, tmp_path: Path) -> None:
+    probe = Pictures(photos, (32, 32), (0.4, 0.5, 0.6), (0.2, 0.3, 0.5))
+    assert len(probe) == 20
+    shown = probe.show(torch.stack([probe[i] for i in range(3)]))
+    plain = Pictures(photos, (32, 32), (0, 0, 0), (1, 1, 1))
+    torch.testing.assert_close(shown, torch.stack([plain[i] for i in range(3)]), rtol=0, atol=1e-5)
+    (tmp_path / "bad.png").write_text("no")
+    with pytest.raises(NeuropilError, match="can be read"):
+        Pictures(tmp_path, (8, 8))[0]
