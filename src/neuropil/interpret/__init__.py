@@ -3,19 +3,20 @@
 from neuropil.interpret.bricks import partition_bricks
 from neuropil.interpret.compare import Comparison, compare
 from neuropil.interpret.decode import Decoder, decode
+from neuropil.interpret.diagrams import circuit_diagram
+from neuropil.interpret.milan import MILAN, ExemplarSet, exemplars
+from neuropil.interpret.rows import Decoded, decode_rows
 
+__all__ = [
+    "MILAN",
     "Comparison",
     "Decoded",
     "Decoder",
     "ExemplarSet",
-    "MILAN",
+    "circuit_diagram",
     "compare",
     "decode",
     "decode_rows",
     "exemplars",
+    "partition_bricks",
 ]
-__all__ = [
-__all__ = ["Comparison", "Decoded", "Decoder", "circuit_diagram", "compare", "decode", "decode_rows", "partition_bricks"]
-from neuropil.interpret.diagrams import circuit_diagram
-from neuropil.interpret.milan import MILAN, ExemplarSet, exemplars
-from neuropil.interpret.rows import Decoded, decode_rows
