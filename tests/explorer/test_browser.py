@@ -584,10 +584,9 @@ def test_the_diagram_leads_from_a_layer_to_its_neurons(visit: Visit, vision: Any
     drawing = page.locator("#drawing svg.np-diagram")
     drawing.wait_for()
     at_rest(page)
-    paper = page.evaluate("getComputedStyle(document.querySelector('.np-paper')).fill")
-    assert (
-        sum(map(int, re.findall(r"\d+", paper)[:3])) < 200
-    ) == phone  # its style sheet came, by the reader's setting
+    ink = page.evaluate("getComputedStyle(document.querySelector('.np-title')).fill")
+    light = sum(map(int, re.findall(r"\d+", ink)[:3])) > 500
+    assert light == phone  # its style sheet came, and goes by the reader's setting
     links = page.evaluate("[...document.querySelectorAll('#drawing a')].map(e => e.getAttribute('href'))")
     assert {"/?site=0", "/?site=1", "/?site=2"} <= set(links)
     page.locator('#drawing a[href="/?site=1"]').first.click()
