@@ -397,3 +397,20 @@ def test_the_images_a_model_is_shown_by_default() -> None:
         pytest.skip(str(error))
     grey = load(nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(4 * 26 * 26, 2)))
     assert probe_for(grey, None).settings["size"] == [1, 28, 28]
+
+
+def test_neurons_are_found_by_what_describes_them(tmp_path: Path) -> None:
+    from neuropil import meaning
+
+    path, said = tmp_path / "atlas", ["a red sleeve", "sleeves", "", "a striped dog", "dark wheels"]
+    build_atlas(load(small()), path, progress=False, images=noise(), causal=False)
+    with pytest.raises(AtlasError, match="neuropil describe"), Atlas.open(path) as atlas:
+        atlas.find("sleeve")
+    with Atlas.open(path, write=True) as atlas:
+        columns = {site.name: {"description": [said[i % 5] for i in range(site.width)]} for site in atlas.sites}
+        atlas.add("milan", columns, progress=False)
+        found = atlas.find("red sleeve", by="token").to_pylist()
+        assert found[0]["neuron"] == "0:0"
+        assert {row["label"] for row in found} == {"a red sleeve", "sleeves"}
+        if meaning.available():
+            assert atlas.find("puppy", by="meaning", limit=1).to_pylist()[0]["label"] == "a striped dog"

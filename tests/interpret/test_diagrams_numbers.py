@@ -174,7 +174,9 @@ def test_heads_are_laid_out_as_said() -> None:
 
 
 def test_weights_are_shared_by_name_and_live_in_the_state() -> None:
-    twice = build("a=3", lambda x: linear("a -> b=3", "w", bias=False)(rename(b="a")(linear("a -> b=3", "w", bias=False)(x))))
+    twice = build(
+        "a=3", lambda x: linear("a -> b=3", "w", bias=False)(rename(b="a")(linear("a -> b=3", "w", bias=False)(x)))
+    )
     net = twice.torch(seed=1)
     assert [name for name, _ in net.named_parameters()] == ["w.weight"]
     x, w = torch.randn(3), net.weight("w.weight")

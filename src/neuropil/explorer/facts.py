@@ -74,6 +74,7 @@ class Facts:
         self._scales: dict[str, Scale] = {}
         self._counts: dict[str, int] = {}
         self._found: dict[str, list[str]] = {}
+        self._values: dict[str, list[str]] = {}
         self._seen: tuple[float, object] = (-1.0, None)
 
     def refresh(self) -> None:
@@ -87,7 +88,7 @@ class Facts:
             for name, value in vars(type(self)).items():
                 if isinstance(value, cached_property):
                     vars(self).pop(name, None)
-            self._scales, self._counts, self._found = {}, {}, {}
+            self._scales, self._counts, self._found, self._values = {}, {}, {}, {}
         self._seen = (now, state)
 
     @cached_property
@@ -153,27 +154,30 @@ class Facts:
     def found(self, words: str) -> list[str]:
         """The addresses of the neurons that fit the words, best first."""
         if words not in self._found:
-            found = self._described(words) if "label" not in self.columns and self.sees else self._spoken(words)
+            found = list(self.atlas.find(words, limit=FOUND).column("neuron").to_pylist()) if self._told else []
+            found += self._of_class(words)
             if len(self._found) > 200:
                 self._found.clear()
             self._found[words] = list(dict.fromkeys(found))
         return self._found[words]
 
-    def _spoken(self, words: str) -> list[str]:
-        return list(self.atlas.find(words, limit=FOUND).column("neuron").to_pylist())
+    @property
+    def _told(self) -> bool:
+        """Whether there is more to search than classes."""
+        return not self.sees or bool({"description", "label"} & set(self.columns))
 
-    def _described(self, words: str) -> list[str]:
-        """Neurons of a vision model whose description, class or brick's function holds the most of the words."""
-        names = [c for c in ("description", "preferred_class", "brick_function") if c in self.columns]
+    def _of_class(self, words: str) -> list[str]:
+        """Neurons of a vision model that prefer a class, or serve in a brick a function, with one of the words in it."""
+        names = [c for c in ("preferred_class", "brick_function") if c in self.columns]
         terms = [literal(word) for word in words.lower().split()]
-        if not names or not terms:
-            raise QueryError("these neurons have no descriptions and no classes to search; see the neurons' pages")
+        if not self.sees or not names or not terms:
+            return []
         text = "lower(concat_ws(' ', " + ", ".join(names) + "))"
         hits = " + ".join(f"contains({text}, {term})::INT" for term in terms)
-        better = ", description_score DESC NULLS LAST" if "description_score" in self.columns else ""
+        best = "selectivity DESC NULLS LAST, " if "selectivity" in self.columns else ""
         rows = self.rows(
             f"SELECT neuron FROM (SELECT *, {hits} AS _hits FROM neurons) WHERE _hits > 0 "
-            f"ORDER BY _hits DESC{better}, site, index LIMIT {FOUND}"
+            f"ORDER BY _hits DESC, {best}site, index LIMIT {FOUND}"
         )
         return [row["neuron"] for row in rows]
 
@@ -358,11 +362,13 @@ class Facts:
 
     def values(self, column: str) -> list[str]:
         """The values of a text column, those of most neurons first."""
-        if column not in self.columns:
-            return []
-        q = quoted(column)
-        rows = self.rows(f"SELECT {q} AS v FROM neurons WHERE {q} IS NOT NULL GROUP BY ALL ORDER BY count(*) DESC, v")
-        return [str(row["v"]) for row in rows[:200]]
+        if column in self.columns and column not in self._values:
+            q = quoted(column)
+            rows = self.rows(
+                f"SELECT {q} AS v FROM neurons WHERE {q} IS NOT NULL GROUP BY ALL ORDER BY count(*) DESC, v LIMIT 200"
+            )
+            self._values[column] = [str(row["v"]) for row in rows]
+        return self._values.get(column, [])
 
     @cached_property
     def tally(self) -> dict[str, int]:
