@@ -167,7 +167,7 @@ class Facts:
         return not self.sees or bool({"description", "label"} & set(self.columns))
 
     def _of_class(self, words: str) -> list[str]:
-        """Neurons of a vision model that prefer a class, or serve in a brick a function, with one of the words in it."""
+        """Neurons of a vision model whose preferred class, or brick's function, has one of the words in it."""
         names = [c for c in ("preferred_class", "brick_function") if c in self.columns]
         terms = [literal(word) for word in words.lower().split()]
         if not self.sees or not names or not terms:
