@@ -47,15 +47,8 @@ from neuropil.interpret.diagrams.reverse import saved
 from neuropil.interpret.diagrams.run import weights_of
 
 SMALL: dict[str, Callable[[], Diagram]] = {
-    "mlp": lambda: shipped.mlp(5, 12, 4),
-    "attention": lambda: shipped.attention().sized(y=3, x=4, k=2, h=3),
+    **shipped.SMALL,
     "masked attention": lambda: shipped.attention(masked=True).sized(y=3, x=3, k=2, h=2),
-    "multi-head": lambda: shipped.multi_head_attention(6, 3, 2).sized(y=3, x=4),
-    "transformer": lambda: shipped.transformer(4, 2, 2, 6, 1),
-    "convolution": lambda: shipped.convolution(2, 1, 2),
-    "resnet": lambda: shipped.resnet(8, 4, (8, 16), 2),
-    "u-net": lambda: shipped.unet(8, 2, 2),
-    "visual attention": lambda: shipped.visual_attention(6, 3, 2, 2),
 }
 
 
@@ -204,7 +197,9 @@ def gradients_agree(diagram: Diagram, seed: int = 0) -> None:
     wanted = [torch.randn(y.shape, generator=torch.Generator().manual_seed(3), dtype=y.dtype) for y in outs]
     found_weights = weights_of(diagram.flat())
     names = [n for n, op in found_weights.items() if op.option("trainable", True)]
-    right = torch.autograd.grad(outs, [*floats, *(net.weight(n) for n in names)], wanted)
+    leaves = [*floats, *(net.weight(n) for n in names)]
+    right = torch.autograd.grad(outs, leaves, wanted, allow_unused=True)
+    right = [torch.zeros_like(x) if g is None else g for x, g in zip(leaves, right, strict=True)]
     back = diagram.backward()
     run = back.torch({n: net.weight(n).detach() for n in found_weights})
     with torch.no_grad():

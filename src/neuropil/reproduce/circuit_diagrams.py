@@ -9,7 +9,6 @@ result, the shapes that a summary of the model shows, and the numbers themselves
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -68,18 +67,6 @@ JAXTYPING, SIGNATURES, SHAPES = "jaxtyping, every result", "jaxtyping, in and ou
 CHECKS = (TYPES, COSTS, SIGNATURES, JAXTYPING, SHAPES, NUMBERS)
 OURS, PEER = "diagrams, merged and reordered", "opt_einsum"
 
-ARCHITECTURES: dict[str, Callable[[], Diagram]] = {
-    "mlp": lambda: shipped.mlp(8, 32, 10),
-    "attention": lambda: shipped.attention().sized(y=5, x=6, k=4, h=3),
-    "multi-head": lambda: shipped.multi_head_attention(12, 4, 3).sized(y=5, x=6),
-    "transformer": lambda: shipped.transformer(8, 2, 4, 16, 2),
-    "convolution": lambda: shipped.convolution(2, 1, 2),
-    "resnet": lambda: shipped.resnet(8, 4, (8, 16, 32), 2),
-    "u-net": lambda: shipped.unet(8, 2, 2),
-    "visual attention": lambda: shipped.visual_attention(6, 5, 4, 2),
-}
-
-
 def measure(scale: Scale, seed: int, progress: Meter) -> list[Measurement]:
     settings = SETTINGS[scale]
     found = {check: 0 for check in CHECKS}
@@ -92,9 +79,9 @@ def measure(scale: Scale, seed: int, progress: Meter) -> list[Measurement]:
     rows = [
         Measurement(check, CAUGHT, 100 * found[check] / tried, "%", True, check not in ours) for check in CHECKS
     ]
-    chosen = ARCHITECTURES if settings["architectures"] == "all" else settings["architectures"]
+    chosen = shipped.SMALL if settings["architectures"] == "all" else settings["architectures"]
     for name in progress.track(chosen, "architectures", 0.6, 0.95):
-        counted, gradient = exactness(ARCHITECTURES[name](), seed)
+        counted, gradient = exactness(shipped.SMALL[name](), seed)
         rows += [Measurement(name, FLOPS, counted, "", False), Measurement(name, GRADIENT, gradient, "", False)]
     return rows + rewriting(seed, settings["chains"])
 

@@ -30,7 +30,7 @@ class Exported:
 _SHAPES: dict[str, list[tuple[torch.Size, torch.dtype]]] = {}  # of the outputs of each module that is opaque now
 
 
-@torch.library.custom_op("neuropil::opaque", mutates_args=())
+@torch.library.custom_op("neuropil::opaque", mutates_args=(), schema="(Tensor[] xs, str name) -> Tensor[]")
 def _opaque(xs: list[Tensor], name: str) -> list[Tensor]:
     return [xs[0].new_zeros(shape, dtype=dtype) for shape, dtype in _SHAPES[name]]
 

@@ -22,6 +22,7 @@ NICE = {"scaled_dot_product_attention": "attention", "_safe_softmax": "softmax",
         "_to_copy": "to", "native_layer_norm": "layer_norm", "conv2d": "conv2d", "_softmax": "softmax"}  # fmt: skip
 NOTHING = {"to", "alias", "contiguous", "clone", "detach", "dropout", "expand", "lift_fresh_copy", "view", "reshape",
            "slice", "feature_dropout", "flatten", "permute", "type_as", "expand_as", "view_as"}  # fmt: skip
+NEUTRAL = {"add": 0, "sub": 0, "mul": 1, "div": 1}
 INPUT_NAMES = {1: "", 2: "batch", 3: "batch seq", 4: "batch c h w", 5: "batch c t h w"}
 Stack = tuple[tuple[str, str], ...]  # the modules that a call stands in: dotted name and class
 
@@ -114,10 +115,11 @@ class Reader:
         ins: list[int] = []
         nodes = pytree.tree_map(lambda x: _Ref(x) if isinstance(x, Node) else x, (node.args, node.kwargs))
         frozen, values = _frozen(nodes, args, ins), [self.values[i] for i in ins]
-        whole = outs[0] if len(outs) == 1 else None
-        if whole is not None and name in NOTHING and ins and values[0].shape == tuple(whole.shape):
-            order = list(args[0][1]) if name == "permute" else []
-            if _dtype_kept(node, whole) and order == sorted(order):
+        number = _number(node.args)
+        if len(outs) == 1 and ins and values[0].shape == tuple(outs[0].shape) and _dtype_kept(node, outs[0]):
+            if name in NOTHING and not _moves(name, node.args):
+                return ins[0]
+            if number is not None and number == NEUTRAL.get(name):
                 return ins[0]
         made = [self.value(x) for x in outs]
         if packet == "opaque":
@@ -125,9 +127,8 @@ class Reader:
             options: tuple[tuple[str, Any], ...] = (("role", stack[-1][1] if stack else ""),)
             self.records.append(Record(stack[:-1], "opaque", f"/{path}", options, ins, made))
         else:
-            extra = _number(args[0])
             options = (("target", str(target)), ("args", frozen[0]), ("kwargs", frozen[1]))
-            options += () if extra is None else (("number", extra),)
+            options += () if number is None else (("number", number),)
             self.records.append(Record(stack, "aten", name, options, ins, made, target, args[0]))
             given = [self.values[i].dims for i in ins]
             for one in made:
@@ -144,6 +145,11 @@ def _dtype_kept(node: Node, out: Tensor) -> bool:
     first = node.args[0]
     value = first.meta.get("val") if isinstance(first, Node) else None
     return isinstance(value, Tensor) and value.dtype == out.dtype
+
+
+def _moves(name: str, args: Sequence[Any]) -> bool:
+    """Whether a permutation of axes is one; other views that keep the shape change nothing."""
+    return name == "permute" and list(args[1]) != sorted(args[1])
 
 
 def _number(args: Sequence[Any]) -> float | int | None:
@@ -284,9 +290,11 @@ class _Emitter:
             record = self.reader.records[number]
             if len(record.stack) > depth:
                 end = number
-                while end < high and record.stack[depth] == (self.reader.records[end].stack + (None,) * 99)[depth]:
+                while end < high and self.reader.records[end].stack[depth : depth + 1] == record.stack[depth : depth + 1]:
                     end += 1
                 op, ins, outs = self._block(number, end, depth, path)
+            elif (end := self._indices(number, high, depth)) > number + 2:
+                op, ins, outs = self._group(number, end, depth, path)
             else:
                 end, (op, ins, outs) = number + 1, self._plain(record, path)
             made = builder.add(op, [self._wire(builder, wires, i, path) for i in ins])
@@ -303,13 +311,41 @@ class _Emitter:
             wires[value] = builder.add(Op("weight", (), (self.array(value),), (), options), [])[0]
         return wires[value]
 
-    def _block(self, low: int, high: int, depth: int, path: str) -> tuple[Op, list[int], list[int]]:
+    def _indices(self, low: int, high: int, depth: int) -> int:
+        """Where a run of operations on indices and masks ends, which begins here if at all."""
+        end = low
+        while end < high and len((record := self.reader.records[end]).stack) <= depth:
+            if any(self.reader.values[i].floating for i in record.outs) or self._reads_weights(record):
+                break
+            end += 1
+        return end
+
+    def _reads_weights(self, record: Record) -> bool:
+        return any(self.reader.values[i].weight for i in record.ins)
+
+    def _group(self, low: int, high: int, depth: int, path: str) -> tuple[Op, list[int], list[int]]:
+        """Such a run as one box, which no module of the model is."""
+        ins, outs = self._ends(low, high)
+        body = Builder([self.array(i) for i in ins])
+        wires = dict(zip(ins, body.inputs, strict=True))
+        for record in self.reader.records[low:high]:
+            op, read, made = self._plain(record, path)
+            wires |= dict(zip(made, body.add(op, [wires[i] for i in read]), strict=True))
+        inside = body.finish([wires[i] for i in outs])
+        options = (("name", "indices"), ("role", "positions, masks"), ("group", True))
+        return Op("block", inside.dom, inside.cod, (), options, inside), ins, outs
+
+    def _ends(self, low: int, high: int) -> tuple[list[int], list[int]]:
+        """What a run of operations reads from before, weights aside, and what is read after it."""
         records = self.reader.records[low:high]
-        here, role = records[0].stack[depth]
         made = dict.fromkeys(i for r in records for i in r.outs)
         read = dict.fromkeys(i for r in records for i in r.ins)
         ins = [i for i in read if i not in made and not self.reader.values[i].weight]
-        outs = [i for i in made if self.last.get(i, -1) >= high]
+        return ins, [i for i in made if self.last.get(i, -1) >= high]
+
+    def _block(self, low: int, high: int, depth: int, path: str) -> tuple[Op, list[int], list[int]]:
+        here, role = self.reader.records[low].stack[depth]
+        ins, outs = self._ends(low, high)
         body = self._body(low, high, depth + 1, here, ins, outs)
         name = here[len(path) + 1 :] if path and here.startswith(f"{path}.") else here if not path else f"/{here}"
         options = (("name", name), ("role", role))

@@ -5,6 +5,7 @@ Sizes are numbers or free: `attention()` is a diagram in the symbols y, x, k and
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from neuropil.interpret.diagrams.core import Diagram, Wire, block, build
@@ -206,3 +207,15 @@ def visual_attention(pixels: int = 12, channels: int = 33, k: int = 8, heads: in
 
     return build(f"c={channels} x={pixels} y={pixels}", network)
 
+
+
+SMALL: dict[str, Callable[[], Diagram]] = {
+    "mlp": lambda: mlp(5, 12, 4),
+    "attention": lambda: attention().sized(y=3, x=4, k=2, h=3),
+    "multi-head attention": lambda: multi_head_attention(6, 3, 2).sized(y=3, x=4),
+    "transformer": lambda: transformer(4, 2, 2, 6, 1),
+    "convolution": lambda: convolution(2, 1, 2),
+    "resnet": lambda: resnet(8, 4, (8, 16), 2),
+    "u-net": lambda: unet(8, 2, 2),
+    "visual attention": lambda: visual_attention(6, 3, 2, 2),
+}

@@ -326,6 +326,7 @@ class Builder:
         self.count = len(self.arrays)
         self.steps: list[Step] = []
         self.known = sizes_of(self.arrays)
+        self.bound: dict[Any, Any] = {}  # of the symbols, those whose size is known
         self._bind(self.known)
         self.inputs = [Wire(i, self) for i in range(self.count)]
 
@@ -338,9 +339,10 @@ class Builder:
 
     def put(self, diagram: Diagram, wires: Sequence[Wire]) -> list[Wire]:
         """All of a diagram, reading these wires."""
-        bound = bindings(self.known, diagram.sizes)
-        diagram = diagram._bound(bound)
-        self._bind({s.name: size for s, size in bound.items()})
+        diagram = diagram._bound(self.bound)
+        fresh = bindings(self.known, diagram.sizes)
+        diagram = diagram._bound(fresh)
+        self._bind({s.name: size for s, size in fresh.items()} | diagram.sizes)
         self.known |= diagram.sizes
         check_fit(tuple(w.array for w in wires), diagram.dom, "what is applied")
         here = list(wires)
@@ -351,11 +353,12 @@ class Builder:
     def _bind(self, sizes: Mapping[str, Any]) -> None:
         """What was free and is now known, in all that has been put so far."""
         new = {symbol(name): size for name, size in sizes.items() if not Axis(name, size).free}
-        if not new or not any(not isinstance(a, int) for arr in self.arrays for a in arr.shape):
-            return
-        inside = Diagram(tuple(self.arrays[: self.count]), tuple(self.steps), ())._bound(new)
-        self.arrays, self.steps = list(inside.wires), list(inside.steps)
-        self.known = {name: as_size(sympy.sympify(size).subs(new)) for name, size in self.known.items()}
+        new = {name: size for name, size in new.items() if name not in self.bound}
+        if new:
+            self.bound |= new
+            inside = Diagram(tuple(self.arrays[: self.count]), tuple(self.steps), ())._bound(new)
+            self.arrays, self.steps = list(inside.wires), list(inside.steps)
+            self.known = {name: as_size(sympy.sympify(size).subs(new)) for name, size in self.known.items()}
 
     def finish(self, outputs: Sequence[Wire]) -> Diagram:
         """The diagram, its steps in the canonical order and those that nothing reads left out."""

@@ -19,7 +19,7 @@ from typing import Any
 
 import sympy
 
-from neuropil.interpret.diagrams.axes import Array, Size
+from neuropil.interpret.diagrams.axes import Array, DiagramError, Size
 from neuropil.interpret.diagrams.core import Diagram, Op
 from neuropil.interpret.diagrams.reverse import saved
 from neuropil.interpret.diagrams.run import weights_of
@@ -33,7 +33,7 @@ class Cost:
     matmul: Size  # those of the products alone, as torch.utils.flop_counter counts them
     parameters: Size  # trained numbers, shared ones once
     cuts: tuple[Size, ...]  # memory before, between and after the steps
-    training: Size  # what the reverse boxes read
+    training: Size | None  # what the reverse boxes read; None where a box has no reverse
 
     @property
     def peak(self) -> Size:
@@ -43,10 +43,9 @@ class Cost:
         return sympy.Max(*self.cuts)
 
     def __str__(self) -> str:
-        return (
-            f"{_shown(self.flops)} operations ({_shown(self.matmul)} in products), {_shown(self.parameters)} parameters, "
-            f"{_shown(self.training)} numbers kept for training"
-        )
+        said = f"{_shown(self.flops)} operations ({_shown(self.matmul)} in products)"
+        said += f", {_shown(self.parameters)} parameters"
+        return said if self.training is None else f"{said}, {_shown(self.training)} numbers kept for training"
 
 
 def _shown(value: Size) -> str:
@@ -62,8 +61,15 @@ def cost(diagram: Diagram) -> Cost:
         _sum(flops(op) for op in steps if is_product(op)),
         _sum(a.numel for a in weights),
         tuple(_cuts(flat)),
-        _sum(a.numel for a in saved(flat)),
+        _training(flat),
     )
+
+
+def _training(flat: Diagram) -> Size | None:
+    try:
+        return _sum(a.numel for a in saved(flat))
+    except DiagramError:
+        return None
 
 
 def _sum(values: Iterable[Size]) -> Size:

@@ -8,7 +8,7 @@ from neuropil.interpret.diagrams.axes import Array, written
 from neuropil.interpret.diagrams.core import Diagram, Step
 from neuropil.interpret.diagrams.fold import folded
 from neuropil.interpret.diagrams.items import titles
-from neuropil.interpret.diagrams.layout import draw
+from neuropil.interpret.diagrams.layout import draw, shows
 from neuropil.interpret.diagrams.shapes import Dot, Group, Label, Path, Rect, Shape
 
 
@@ -32,7 +32,7 @@ def _describe(diagram: Diagram, depth: int, prefix: str, lines: list[str]) -> No
     for number, step in enumerate(shown, 1):
         place = f"{prefix}{number}."
         lines.append(f"{place} {_sentence(diagram, step, sources)}")
-        if step.op.body is not None and depth > 1:
+        if step.op.body is not None and depth > 1 and shows(step.op):
             _describe(step.op.body, depth - 1, place, lines)
 
 
@@ -47,7 +47,7 @@ def _sentence(diagram: Diagram, step: Step, sources: dict[int, Step]) -> str:
     title, small = titles(op, weights)
     if op.kind == "einsum" and not weights:
         title = _linear(dom, op.cod[0])
-    said = f"learned {title}" if weights else title
+    said = f"learned {title}" if any(w.option("trainable", True) for w in weights) else title
     if small:
         said += f" ({small})"
     if op.option("repeat"):
@@ -106,7 +106,7 @@ def _mermaid(diagram: Diagram, names: dict[int, str], depth: int, prefix: str, p
         title, small = titles(step.op, weights)
         repeat = f" ×{step.op.option('repeat')}" if step.op.option("repeat") else ""
         text = (title + (f" {small}" if small else "") + repeat).replace('"', "'")
-        if step.op.body is not None and depth > 1:
+        if step.op.body is not None and depth > 1 and shows(step.op):
             out.append(f'{pad}subgraph {node}["{text}"]')
             inside = {i: names[w] for i, w in enumerate(step.ins) if w in names}
             ends = _mermaid(step.op.body, inside, depth - 1, f"{node}_", pad + "  ", out)

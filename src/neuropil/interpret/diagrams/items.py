@@ -144,7 +144,7 @@ def _style(op: Op, weights: Sequence[Op]) -> str:
         return "learned" if learned and single else "block"
     if op.kind == "weight" or any(w.option("trainable", True) for w in weights):
         return "learned"
-    everywhere = op.kind == "aten" and bool(op.cod) and set(op.cod[0].names) == set(op.over)
+    everywhere = op.kind == "aten" and bool(op.cod) and set(op.cod[0].names) <= set(op.over)
     return "pill" if op.kind == "elementwise" or everywhere else "box"
 
 

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from neuropil.interpret.diagrams.axes import Array
-from neuropil.interpret.diagrams.core import Diagram, Step, join
+from neuropil.interpret.diagrams.core import Diagram, Op, Step, join
 from neuropil.interpret.diagrams.items import GAP, Item, fence, item, through, wire, written
 from neuropil.interpret.diagrams.shapes import Dot, Drawing, Group, Label, Path, Shape, moved, width
 
@@ -99,6 +99,12 @@ def _columns(diagram: Diagram, path: str, depth: int, opened: Callable[[str, int
     return [*columns, Column(ends, named=False)]
 
 
+def shows(op: Op) -> bool:
+    """Whether a block is worth opening: one box alone says no more than the block."""
+    inside = [] if op.body is None else [s.op for s in op.body.steps if s.op.kind != "weight"]
+    return not op.option("group") and (len(inside) > 1 or any(o.body is not None for o in inside))
+
+
 def _absorbed(diagram: Diagram) -> tuple[dict[int, Step], list[Step]]:
     """Weights that are drawn inside the one box that reads them, and the steps that are left."""
     readers: dict[int, list[Step]] = {}
@@ -152,9 +158,9 @@ def _glyph(
     room: float,
 ) -> Item:
     op, dom = step.op, [diagram.wires[i] for i in ins]
-    module = join(path, op.name) if op.kind in ("block", "opaque") else path
-    if op.body is not None and opened(module, depth + 1):
-        return fence(op, _level(op.body, module, depth + 1, opened, room - 44.0), module)
+    module = path if op.option("group") or op.kind not in ("block", "opaque") else join(path, op.name)
+    if op.body is not None and shows(op) and opened(module, depth + 1):
+        return fence(op, _level(op.body, module, depth + 1, opened, max(room - 110.0, 320.0)), module)
     return item(op, [absorbed[i].op for i in step.ins if i in absorbed], dom, module)
 
 
@@ -238,7 +244,8 @@ def _name(a: Array, number: int) -> tuple[str, str]:
     if not a.axes:
         return "1", ""
     one = a.axes[number]
-    return one.name, "" if one.free else written(one.size)
+    size = "" if one.free else written(one.size)
+    return one.name, "" if one.name.endswith(size) else size
 
 
 def _label_room(diagram: Diagram, column: Column) -> float:

@@ -15,7 +15,16 @@ from typing import Any
 
 import sympy
 
-from neuropil.interpret.diagrams.axes import Array, Axis, DiagramError, array, expression, signature, symbol
+from neuropil.interpret.diagrams.axes import (
+    Array,
+    Axis,
+    DiagramError,
+    array,
+    expression,
+    same_size,
+    signature,
+    symbol,
+)
 from neuropil.interpret.diagrams.core import Builder, Diagram, Op, Polymorphic, build, of
 from neuropil.interpret.diagrams.functions import FUNCTIONS, arguments
 
@@ -252,12 +261,16 @@ def merge(text: str) -> Polymorphic:
 
 
 def _equal(whole: Axis, parts: Axis, who: str) -> dict[Any, Any]:
-    from neuropil.interpret.diagrams.axes import same_size
-
+    """What must be known for an axis to be as large as its parts together."""
     if same_size(whole.size, parts.size):
         return {}
     if whole.free:
         return {symbol(whole.name): parts.size}
+    if not isinstance(parts.size, int) and len(parts.size.free_symbols) == 1:
+        (unknown,) = parts.size.free_symbols
+        one = sympy.sympify(whole.size) / parts.size.coeff(unknown)
+        if one.is_Integer or not isinstance(whole.size, int):
+            return {unknown: int(one) if one.is_Integer else one}
     raise DiagramError(f"{who}: axis {whole.name!r} of size {whole.size} for parts of size {parts.size} in all")
 
 
@@ -333,14 +346,14 @@ def linear(text: str, name: str, bias: bool = True) -> Polymorphic:
     """
     dom, cod = signature(text)
     old, new = dom[0], cod[0]
+    if set(new.names) & set(old.names):
+        raise DiagramError(f"linear {name}: {text!r} has an axis on both sides; give the output's another name")
 
     def make(a: Array) -> Diagram:
         _has(a, old.names, f"linear {name}")
         to = _in_place(a, old.names, new.axes)
         here = Array(tuple(a[n] for n in old.names))
         w = Array((*new.axes, *here.axes))
-        if set(new.names) & set(old.names):
-            raise DiagramError(f"linear {name}: {text!r} has an axis on both sides; give the output's another name")
 
         def apply(x: Any) -> Any:
             builder: Builder = x.builder

@@ -92,7 +92,7 @@ def _ones(builder: Builder, a: Array) -> Wire:
 
 def _reverse(builder: Builder, step: Step, wires: Sequence[Wire], sums: dict[int, Wire]) -> Gradients:
     ins, outs = [wires[i] for i in step.ins], [wires[i] for i in step.outs]
-    if step.op.kind in RULES:
+    if step.op.kind in RULES and (step.op.kind != "elementwise" or step.op.name in FUNCTIONS):
         return RULES[step.op.kind](builder, step.op, ins, outs[0], sums[step.outs[0]])
     if step.op.kind in ("aten", "opaque", "box"):
         gradients = [sums[i] if i in sums else _zeros(builder, wires[i].array) for i in step.outs]

@@ -2,7 +2,8 @@
 
 Parallel and successive einsums are one multilinear map, and any order of its pairwise products gives the same numbers. Two
 einsums of which one alone reads the other are merged; a merged one of three inputs or more is done by the pairwise order
-with the fewest operations (all orders tried, by subsets). The result is taken only where it costs less.
+with the fewest operations (all orders tried, by subsets). The result is taken only where it
+costs less, or as much in fewer boxes.
 """
 
 from __future__ import annotations
@@ -28,8 +29,9 @@ def simplified(diagram: Diagram) -> Diagram:
     return found if _total(found) < _total(flat) else flat
 
 
-def _total(diagram: Diagram) -> int:
-    return sum(flops(step.op) for step in diagram.steps)
+def _total(diagram: Diagram) -> tuple[int, int]:
+    """Operations, then boxes."""
+    return sum(flops(step.op) for step in diagram.steps), len(diagram.steps)
 
 
 def merged(flat: Diagram) -> Diagram:

@@ -18,6 +18,7 @@ box, and a warning names it.
 
 from __future__ import annotations
 
+import re
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import contextmanager
@@ -33,7 +34,7 @@ from neuropil._inputs import model_inputs
 from neuropil.errors import ModelError
 from neuropil.interpret.diagrams._export import Exported, exported
 from neuropil.interpret.diagrams._graph import emit
-from neuropil.interpret.diagrams.axes import DiagramError
+from neuropil.interpret.diagrams.axes import Array, DiagramError
 from neuropil.interpret.diagrams.core import Diagram
 from neuropil.interpret.diagrams.cost import Cost
 from neuropil.interpret.diagrams.run import Compiled
@@ -58,7 +59,10 @@ class Circuit:
     _export: Exported = field(repr=False)
 
     def svg(self, *, hide: Sequence[str] = ("batch",), **options: Any) -> str:
-        """The drawing; axes in `hide` are left out. For the other options see `neuropil.interpret.diagrams.svg.svg`."""
+        """The drawing, without the axes in `hide` and those of size 1 that have no name.
+
+        For the other options see `neuropil.interpret.diagrams.svg.svg`.
+        """
         return hidden(self.diagram, hide).svg(title=options.pop("title", f"{self.name}: circuit diagram"), **options)
 
     def describe(self, **options: Any) -> str:
@@ -211,14 +215,16 @@ def named_blocks(diagram: Diagram) -> list[tuple[str, Any]]:
     """Every block with its dotted name."""
     from neuropil.interpret.diagrams.core import join
 
-    return [(join(path, op.name), op) for path, op in diagram.walk() if op.kind == "block"]
+    return [(join(path, op.name), op) for path, op in diagram.walk() if op.kind == "block" and not op.option("group")]
 
 
 def hidden(diagram: Diagram, names: Sequence[str]) -> Diagram:
-    """The diagram without the axes of these names, for drawing."""
-    if not names:
-        return diagram
-    return diagram._changed(lambda a: a.without(names), lambda size: size)
+    """The diagram without the axes of these names, and of size 1 without a name of their own, for drawing."""
+
+    def shown(a: Array) -> Array:
+        return a.without([n for n in a.names if n in names or re.fullmatch(r"[a-z]1(_\d+)?", n)])
+
+    return diagram._changed(shown, lambda size: size)
 
 
 def _numbers(shape: Sequence[Any]) -> int:
