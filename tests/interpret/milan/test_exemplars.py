@@ -155,7 +155,7 @@ def test_fully_connected_units_have_whole_images() -> None:
     found = exemplars(net, probe, "4")
     assert found.flat
     assert found.masks().all()
-    assert torch.equal(found.image_ids, net(probe).argsort(0, descending=True, stable=True)[:15].T)
+    assert torch.equal(found.image_ids, net(probe).argsort(dim=0, descending=True, stable=True)[:15].T)
 
 
 def test_a_site_gives_the_activation_after_the_nonlinearity() -> None:

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
@@ -25,6 +25,7 @@ from neuropil.interpret.milan.estimator import MILAN, Regions
 from neuropil.interpret.milan.exemplars import ExemplarSet
 
 
+@runtime_checkable
 class PictureWords(Protocol):
     """Pictures (in 0..1, whole or of a region) and sentences as unit vectors of one space."""
 
