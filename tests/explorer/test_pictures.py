@@ -12,7 +12,7 @@ from PIL import Image
 from starlette.testclient import TestClient
 
 from neuropil.explorer import create_app
-from neuropil.explorer.pictures import DIMMED, OUTLINE, exemplars, lit, region
+from neuropil.explorer.pictures import DIMMED, GAP, OUTLINE, SMALL, exemplars, lit, region, strip
 
 
 def png(array: np.ndarray) -> bytes:
@@ -39,9 +39,18 @@ def test_outside_the_region_the_picture_is_dimmed_and_inside_it_is_not() -> None
     rim = (shown == np.array(OUTLINE)).all(-1)
     assert rim.any(1).all()  # in every row, where the region ends
     assert 70 < np.nonzero(rim)[1].mean() < 98
-    small = opened(lit(white, half(), small=True))
-    assert small.shape == (96, 96, 3)
-    assert not (small == np.array(OUTLINE)).all(-1).any()
+
+
+def test_small_ones_stand_side_by_side() -> None:
+    white, wide = png(np.full((28, 28), 200)), png(np.full((40, 120), 100))
+    made = Image.open(io.BytesIO(strip([(white, half()), (wide, "f" * 196)])))
+    assert made.size == (2 * SMALL + GAP, SMALL)
+    shown = np.asarray(made.convert("RGBA"), dtype=float)
+    assert (shown[:, 5:25, :3] == 200).all()
+    assert (shown[:, SMALL - 20 : SMALL - 5, :3] < 110).all()
+    assert (shown[:, SMALL : SMALL + GAP, 3] == 0).all()  # nothing between them
+    assert (shown[SMALL // 2, -40:-30, :3] == 100).all()
+    assert (shown[0, -40:-30, 3] == 0).all()  # the wide one is as wide as its place, not as high
 
 
 def test_without_a_region_nothing_is_dimmed() -> None:
@@ -76,6 +85,9 @@ def test_pictures_are_served_and_what_is_none_is_not(seen_path: Path) -> None:
         8,
     )
     assert client.get("/neuron/1:2/exemplar/0.png").status_code == 200
+    strip_of = Image.open(io.BytesIO(client.get("/neuron/1:2/exemplars.png").content))
+    assert strip_of.size == (4 * SMALL + 3 * GAP, SMALL)
+    assert client.get("/neuron/1:5/exemplars.png").status_code == 404  # a dead one
     for path in (
         "/image/99999.png",
         "/neuron/1:2/exemplar/15.png",

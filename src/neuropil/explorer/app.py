@@ -405,14 +405,19 @@ def _pictures(app: FastAPI, facts: Facts) -> None:
         return Response(facts.images[number]["png"], media_type="image/png", headers=OFTEN)
 
     @app.get("/neuron/{address}/exemplar/{place}.png")
-    def exemplar(address: str, place: int, small: bool = False) -> Response:
-        """An image that drives a neuron, dimmed outside the region that does; `small` for where it is shown small."""
-        row = facts.neuron(address)
-        images, masks = row.get("exemplar_images") or [], row.get("exemplar_masks") or []
-        if not 0 <= place < min(len(images), len(masks)) or images[place] not in facts.images:
+    def exemplar(address: str, place: int) -> Response:
+        """An image that drives a neuron, dimmed outside the region that does."""
+        drivers = facts.drivers(address)
+        if not 0 <= place < len(drivers):
             raise HTTPException(404, f"neuron {address} has no exemplar {place} whose image is in this atlas")
-        drawn = pictures.lit(facts.images[images[place]]["png"], masks[place], small)
-        return Response(drawn, media_type="image/png", headers=OFTEN)
+        return Response(pictures.lit(*drivers[place]), media_type="image/png", headers=OFTEN)
+
+    @app.get("/neuron/{address}/exemplars.png")
+    def first(address: str) -> Response:
+        """The first few, small and side by side."""
+        if not (drivers := facts.drivers(address)):
+            raise HTTPException(404, f"neuron {address} has no exemplars whose images are in this atlas")
+        return Response(pictures.strip(drivers[:4]), media_type="image/png", headers=OFTEN)
 
 
 def _parts(app: FastAPI, facts: Facts, live: Live, page: Any) -> None:

@@ -12,7 +12,6 @@ from neuropil.explorer.words import number, shown
 
 ADDRESS = re.compile(r"\d+:\d+")
 TOKENS_SHOWN = 6
-IMAGES_SHOWN = 4
 VERDICTS = {"promotes": "promotes", "suppresses": "suppresses", "no effect": "none"}
 WORDS = ("label", "token")  # text columns that hold pieces of a vocabulary
 
@@ -68,9 +67,7 @@ def _images(address: Any, images: Any) -> Cell:
     """The first pictures that drive a neuron, with their regions, as addresses of pictures."""
     if not images or not isinstance(address, str) or not ADDRESS.fullmatch(address):
         return Cell("empty")
-    return Cell(
-        "images", items=[f"/neuron/{address}/exemplar/{i}.png?small=1" for i in range(min(len(images), IMAGES_SHOWN))]
-    )
+    return Cell("images", f"/neuron/{address}/exemplars.png")
 
 
 def _cell(name: str, value: Any, facts: Facts) -> Cell:

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import struct
+import threading
 import time
 from dataclasses import dataclass
 from functools import cached_property
@@ -16,8 +17,10 @@ from neuropil.atlas import Atlas
 from neuropil.data import probes
 from neuropil.errors import NeuropilError, QueryError
 from neuropil.explorer.view import View, is_flag, is_list, is_number, is_text, literal, quoted
+from neuropil.neurons import Neuron
 
 FOUND = 300  # neurons that a search gives at most
+LAYERS_KEPT = 8  # whose exemplars are in memory
 CATEGORIES = 12  # so many values of a text column have a colour of their own on the map
 MOST_DOWNLOADED = 5_000_000
 FIRST = {"up_tokens": "up_tokens[1]", "description": "description", "preferred_class": "preferred_class"}  # to name by
@@ -75,6 +78,8 @@ class Facts:
         self._counts: dict[str, int] = {}
         self._found: dict[str, list[str]] = {}
         self._values: dict[str, list[str]] = {}
+        self._drivers: dict[int, pa.Table] = {}
+        self._reading = threading.Lock()
         self._seen: tuple[float, object] = (-1.0, None)
 
     def refresh(self) -> None:
@@ -89,6 +94,7 @@ class Facts:
                 if isinstance(value, cached_property):
                     vars(self).pop(name, None)
             self._scales, self._counts, self._found, self._values = {}, {}, {}, {}
+            self._drivers = {}
         self._seen = (now, state)
 
     @cached_property
@@ -103,6 +109,25 @@ class Facts:
     def sees(self) -> bool:
         """Whether the atlas is of a vision model: its neurons answer to images, not to tokens."""
         return "activation_mean" in self.columns or "exemplar_images" in self.columns
+
+    def drivers(self, address: str) -> list[tuple[bytes, str]]:
+        """The exemplars of a neuron whose images are here: PNG and mask, best first. Raises UnknownNeuron.
+
+        A page shows those of many neurons, so they are read a layer at a time, and the last few layers kept.
+        """
+        neuron = Neuron.parse(address, self.sites)
+        if not {"exemplar_images", "exemplar_masks"} <= set(self.columns):
+            return []
+        with self._reading:
+            if neuron.number not in self._drivers:
+                names = "exemplar_images, exemplar_masks FROM neurons WHERE site = "
+                table = self.ask(f'SELECT {names}{neuron.number} ORDER BY "index"')
+                while len(self._drivers) >= LAYERS_KEPT:
+                    del self._drivers[next(iter(self._drivers))]
+                self._drivers[neuron.number] = table
+            row = self._drivers[neuron.number].slice(neuron.index, 1).to_pylist()[0]
+        pairs = zip(row["exemplar_images"] or [], row["exemplar_masks"] or [], strict=False)
+        return [(self.images[image]["png"], mask) for image, mask in pairs if image in self.images]
 
     @property
     def groups(self) -> list[str]:

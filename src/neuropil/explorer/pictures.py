@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import io
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 DIMMED = 0.25  # brightness outside a region, as MILAN shows it
-DIMMED_SMALL, SMALL = 0.45, 96
+DIMMED_SMALL, SMALL, GAP = 0.45, 72, 6
 LEAST = 168  # pixels of the shorter side of a picture with a region, for a soft edge of the region
 OUTLINE = (245, 155, 76)
 
@@ -54,11 +54,34 @@ def region(mask: str) -> np.ndarray:
     return cells[: side * side].reshape(side, side)
 
 
-def lit(png: bytes, mask: str, small: bool = False) -> bytes:
+def strip(drivers: Sequence[tuple[bytes, str]]) -> bytes:
+    """Some pictures with their regions, small and side by side, as one PNG: a table shows very many."""
+    from PIL import Image
+
+    made = Image.new("RGBA", (len(drivers) * (SMALL + GAP) - GAP, SMALL))
+    for place, (png, mask) in enumerate(drivers):
+        picture = _lit(png, mask, small=True)
+        left = place * (SMALL + GAP) + (SMALL - picture.width) // 2
+        made.paste(picture, (left, (SMALL - picture.height) // 2))
+    return _written(made)
+
+
+def lit(png: bytes, mask: str) -> bytes:
     """A picture as PNG with what lies outside the region dimmed, and the region outlined.
 
-    Small, it is dimmed less and has no outline. Of an image without a region nothing is dimmed.
+    Of an image without a region nothing is dimmed.
     """
+    return _written(_lit(png, mask, small=False))
+
+
+def _written(picture: Any) -> bytes:
+    sink = io.BytesIO()
+    picture.save(sink, "PNG", compress_level=3)
+    return sink.getvalue()
+
+
+def _lit(png: bytes, mask: str, small: bool) -> Any:
+    """Small, it is dimmed less and has no outline."""
     from PIL import Image, ImageFilter
 
     picture = Image.open(io.BytesIO(png)).convert("RGB")
@@ -77,6 +100,4 @@ def lit(png: bytes, mask: str, small: bool = False) -> bytes:
     rim = np.asarray(edge.filter(ImageFilter.MaxFilter(3)), dtype=int) - np.asarray(edge, dtype=int) > 0
     if not small:
         shown[rim] = OUTLINE
-    sink = io.BytesIO()
-    Image.fromarray(shown.round().astype(np.uint8)).save(sink, "PNG", compress_level=3)
-    return sink.getvalue()
+    return Image.fromarray(shown.round().astype(np.uint8))
