@@ -290,8 +290,8 @@ def summarise(path: str | Path, seconds: float | None = None) -> Summary:
         model = str(atlas.manifest.get("model", {}).get("name", path.name))
         activity = atlas.manifest["groups"].get("activity", {}).get("settings", {})
     size = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
-    optional = ("specialised", "confirmed", "promotes", "suppresses", "confirmed_specialised")
-    optional += ("dead", "selective", "ablated")
+    optional = ["specialised", "confirmed", "promotes", "suppresses", "confirmed_specialised"]
+    optional += ["dead", "selective", "ablated"]
     return Summary(
         path=str(path),
         model=model,

@@ -96,8 +96,12 @@ class _Tally:
     top: Tensor
     low: Tensor
     above: Tensor
-    places: int = 0
     batch: tuple[Tensor, ...] = field(default=(), repr=False)
+
+    @classmethod
+    def of(cls, images: int, width: int) -> _Tally:
+        mean, positive, top, low, above = torch.zeros(5, images, width)
+        return cls(mean, positive, top, low, above)
 
 
 class Activity:
@@ -143,7 +147,8 @@ class Activity:
     def _group(self, site: Site) -> list[Site]:
         """This site and those after it, as many as one pass may serve."""
         sites = self._run.model.sites
-        chosen, room = [], STATE // (5 * len(self._run.images))
+        chosen: list[Site] = []
+        room = STATE // (5 * len(self._run.images))
         for each in sites[site.number :]:
             if chosen and each.width > room:
                 break
@@ -153,7 +158,7 @@ class Activity:
 
     def _pass(self, sites: list[Site]) -> dict[str, _Tally]:
         run, count = self._run, len(self._run.images)
-        tallies = {s.name: _Tally(*(torch.zeros(count, s.width) for _ in range(5))) for s in sites}
+        tallies = {s.name: _Tally.of(count, s.width) for s in sites}
         size = 0
 
         def see(site: Site) -> Callable[[Tensor], None]:
