@@ -561,7 +561,7 @@ def test_bricks_are_listed_with_their_function_and_lead_to_their_neurons(visit: 
     page = visit("/bricks?site=1", at=vision)
     expect(page.locator(".bricklist li")).to_have_count(4)
     first = page.locator(".bricklist li").first
-    assert "3 neurons" in first.inner_text()
+    assert re.search(r"3\s+neurons", first.inner_text())
     serving = page.locator(".bricklist li.serving")
     expect(serving).to_have_count(2)
     assert "<script>" in serving.all_inner_texts()[0] + serving.all_inner_texts()[1]  # as text

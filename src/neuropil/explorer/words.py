@@ -228,9 +228,8 @@ def silenced(row: Mapping[str, Any]) -> str:
         return f"It was not silenced; from its gradient one expects that the model would give the right class {more}."
     if not loss and not error:
         return "Without it the model is as before."
-    said = (
-        f"Without it the model gives the right class {_close(abs(loss), error)} nats {'less' if loss >= 0 else 'more'}"
-    )
+    size = number(abs(loss)) if error is None else _close(abs(loss), error)
+    said = f"Without it the model gives the right class {size} nats {'less' if loss >= 0 else 'more'}"
     if error is not None and abs(loss) <= 2 * error:
         return f"{said}, which may be chance."
     return f"{said}: it {'supports' if loss >= 0 else 'works against'} it."
