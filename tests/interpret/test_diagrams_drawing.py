@@ -8,6 +8,7 @@ from collections.abc import Callable
 from itertools import combinations
 
 import pytest
+
 from neuropil.interpret.diagrams import block, build, einsum, gelu, identity, linear, relu, softmax, wiring
 from neuropil.interpret.diagrams.architectures import SMALL
 from neuropil.interpret.diagrams.core import Diagram

@@ -83,16 +83,15 @@ def test_causal_attention_is_that_of_torch() -> None:
 
 
 def test_multi_head_attention_is_that_of_torch() -> None:
-    y, x, m, k, h = 20, 22, 128, 16, 4
+    y, x, m, h = 20, 22, 128, 4
+    k = m // h  # torch's heads share the width out
     torch.manual_seed(0)
-    module = nn.MultiheadAttention(k * h, h, bias=False, batch_first=True, kdim=m, vdim=m)
-    module = nn.MultiheadAttention(m, h, bias=False, batch_first=True)  # head size m / h = 32
-    k = m // h
+    module = nn.MultiheadAttention(m, h, bias=False, batch_first=True)
     net = shipped.multi_head_attention(m, k, h).torch()
     with torch.no_grad():
         for name, part in zip("qkv", module.in_proj_weight.chunk(3), strict=True):
-            net.weight(f"{name}.weight").copy_(part.view(h, k, m).transpose(0, 1))  # torch counts heads first
-        net.weight("o.weight").copy_(module.out_proj.weight.view(m, h, k).transpose(1, 2))
+            net.value_of(f"{name}.weight").copy_(part.view(h, k, m).transpose(0, 1))  # torch counts heads first
+        net.value_of("o.weight").copy_(module.out_proj.weight.view(m, h, k).transpose(1, 2))
         queries, others = torch.randn(y, m), torch.randn(x, m)
         wanted = module(queries[None], others[None], others[None])[0][0]
         torch.testing.assert_close(net(queries, others), wanted, rtol=0, atol=1e-5)
@@ -104,7 +103,7 @@ def test_multi_head_attention_is_that_of_torch() -> None:
 def test_convolution_is_that_of_torch(stride: int, dilation: int, padding: int) -> None:
     net = shipped.convolution(stride, padding, dilation).torch()
     image = torch.randn(3, 9, 8)
-    wanted = F.conv2d(image[None], net.weight("conv.weight"), net.weight("conv.bias"), stride, padding, dilation)[0]
+    wanted = F.conv2d(image[None], net.value_of("conv.weight"), net.value_of("conv.bias"), stride, padding, dilation)[0]
     torch.testing.assert_close(net(image), wanted, rtol=0, atol=1e-5)
 
 
@@ -114,7 +113,7 @@ def test_transposed_convolution(stride: int, padding: int, dilation: int) -> Non
     windows = {"x": Window("w", 3, stride, padding, dilation)}
     back = conv_transpose("d -> c=2", "t", windows, bias=False).on("d=4 x=5").torch().double()
     small = torch.randn(4, 5, dtype=torch.float64)
-    weight = back.weight("t.weight").detach()
+    weight = back.value_of("t.weight").detach()
     found = back(small)
     wanted = F.conv_transpose1d(small[None], weight, None, stride, padding, dilation=dilation)[0]
     torch.testing.assert_close(found, wanted, rtol=0, atol=1e-10)
@@ -141,8 +140,8 @@ def test_the_perceptron_is_that_of_torch() -> None:
     image = torch.randn(28, 28)
     x = image.flatten()
     for name in ("first", "second"):
-        x = F.relu(F.linear(x, net.weight(f"{name}.weight"), net.weight(f"{name}.bias")))
-    wanted = F.linear(x, net.weight("out.weight"), net.weight("out.bias")).softmax(0)
+        x = F.relu(F.linear(x, net.value_of(f"{name}.weight"), net.value_of(f"{name}.bias")))
+    wanted = F.linear(x, net.value_of("out.weight"), net.value_of("out.bias")).softmax(0)
     torch.testing.assert_close(net(image), wanted, rtol=0, atol=1e-6)
 
 
@@ -167,12 +166,11 @@ def test_heads_are_laid_out_as_said() -> None:
 
 
 def test_weights_are_shared_by_name_and_live_in_the_state() -> None:
-    twice = build(
-        "a=3", lambda x: linear("a -> b=3", "w", bias=False)(rename(b="a")(linear("a -> b=3", "w", bias=False)(x)))
-    )
+    once = linear("a -> b=3", "w", bias=False)
+    twice = build("a=3", lambda x: once(rename(b="a")(once(x))))
     net = twice.torch(seed=1)
     assert [name for name, _ in net.named_parameters()] == ["w.weight"]
-    x, w = torch.randn(3), net.weight("w.weight")
+    x, w = torch.randn(3), net.value_of("w.weight")
     torch.testing.assert_close(net(x), w @ (w @ x))
     other = twice.torch(seed=2)
     other.load_state_dict(net.state_dict())
@@ -197,11 +195,11 @@ def gradients_agree(diagram: Diagram, seed: int = 0) -> None:
     wanted = [torch.randn(y.shape, generator=torch.Generator().manual_seed(3), dtype=y.dtype) for y in outs]
     found_weights = weights_of(diagram.flat())
     names = [n for n, op in found_weights.items() if op.option("trainable", True)]
-    leaves = [*floats, *(net.weight(n) for n in names)]
+    leaves = [*floats, *(net.value_of(n) for n in names)]
     right = torch.autograd.grad(outs, leaves, wanted, allow_unused=True)
     right = [torch.zeros_like(x) if g is None else g for x, g in zip(leaves, right, strict=True)]
     back = diagram.backward()
-    run = back.torch({n: net.weight(n).detach() for n in found_weights})
+    run = back.torch({n: net.value_of(n).detach() for n in found_weights})
     with torch.no_grad():
         made = run(*(x.detach() for x in inputs), *wanted)
     made = made if isinstance(made, tuple) else (made,)
@@ -276,7 +274,7 @@ def test_backward_costs_about_twice_the_forward_pass() -> None:
         assert 2 * forward <= both <= 2 * forward + again
 
 
-# --------------------------------------------------------------------------------------------------------- 10, 11: costs
+# -------------------------------------------------------------------------------------------------------- 10, 11: costs
 
 
 @pytest.mark.parametrize("name", SMALL)

@@ -57,7 +57,9 @@ def diagram(
     shape: Annotated[
         list[str] | None,
         typer.Option(
-            "--input", metavar="SHAPE", help="The shape of an input, as 1,3,32,32 or int:1,8; once for each.",
+            "--input",
+            metavar="SHAPE",
+            help="The shape of an input, as 1,3,32,32 or int:1,8; once for each.",
             show_default=False,
         ),
     ] = None,
@@ -146,7 +148,13 @@ def _tensor(text: str) -> Tensor:
 
 
 def _written(
-    circuit: Circuit, suffix: str, options: dict[str, Any], hide: list[str], opened: set[str], palette: str, width: float
+    circuit: Circuit,
+    suffix: str,
+    options: dict[str, Any],
+    hide: list[str],
+    opened: set[str],
+    palette: str,
+    width: float,
 ) -> str:
     if suffix == ".svg":
         return circuit.svg(hide=hide, opened=opened, palette=palette, width=width, **options)

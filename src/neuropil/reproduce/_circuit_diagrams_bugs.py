@@ -1,8 +1,8 @@
 """Forty-three faults in five small networks, each written in the language of diagrams and in PyTorch.
 
-A program takes the name of one of its faults, or none. In PyTorch every intermediate result is annotated by a call of `see`
-with the axes that it should have, which is what jaxtyping checks; sizes come from the seed, and two axes may have the
-same size, as they do in networks.
+A program takes the name of one of its faults, or none. In PyTorch every intermediate result is annotated by a call
+of `see` with the axes that it should have, which is what jaxtyping checks; sizes come from the seed, and two axes
+may have the same size, as they do in networks.
 """
 
 from __future__ import annotations
@@ -134,7 +134,7 @@ def heads_diagram(bug: str, n: dict[str, Any]) -> Diagram:
 
 def heads_torch(bug: str, w: Weights, inputs: tuple[Tensor, ...], see: See) -> Tensor:
     x = see(inputs[0], "y m")
-    n, m = w["q.weight"].shape
+    n = len(w["q.weight"])
     k, h = (int(size) for size in w["sizes"])
 
     def project(name: str) -> Tensor:
@@ -295,7 +295,7 @@ PROGRAMS = (
         ("softmax over queries", "softmax over heads", "scale missing", "scale by heads", "softmax missing",
          "contracts heads instead of keys", "keys and values swapped", "sums over queries",
          "queries and keys swapped"),
-        lambda pick: {"y": pick(4, 6, 8), "x": pick(4, 6, 8), "k": pick(2, 4, 8), "h": pick(2, 4)},
+        lambda pick: {"y": pick(4, 6, 8), "x": pick(4, 6, 8), "k": pick(4, 8), "h": pick(2, 6)},
         attention_diagram,
         attention_torch,
     ),
@@ -330,7 +330,7 @@ PROGRAMS = (
         "convolutions",
         ("stride 1 instead of 2", "padding missing", "dilated", "picture transposed", "gain along x", "skip missing",
          "skip after the activation", "mean instead of maximum", "mean over one axis", "flattened in another order"),
-        lambda pick: (lambda x, y: {"c": pick(1, 3), "d": pick(4, 8), "x": x, "y": y, "o": 5})(pick(8, 16), pick(8, 16)),
+        lambda pick: {"c": pick(1, 3), "d": pick(4, 8), "x": pick(8, 16), "y": pick(8, 16), "o": 5},
         conv_diagram,
         conv_torch,
     ),

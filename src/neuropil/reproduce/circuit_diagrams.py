@@ -1,9 +1,9 @@
 """Neural circuit diagrams (Abbott 2024, arXiv:2402.05424).
 
-A notation has no benchmark; what it claims can be measured. Eight architectures are written as diagrams, and what is read off
-them (operations, gradients) is compared with what PyTorch counts and computes. Then faults are put into five networks, and it
-is counted by which check each is found: the types of the diagram, its types and costs, jaxtyping on every intermediate
-result, the shapes that a summary of the model shows, and the numbers themselves.
+A notation has no benchmark; what it claims can be measured. Eight architectures are written as diagrams, and what
+is read off them (operations, gradients) is compared with what PyTorch counts and computes. Then faults are put into
+five networks, and it is counted by which check each is found: the types of the diagram, its types and costs,
+jaxtyping on every intermediate result, the shapes that a summary of the model shows, and the numbers themselves.
 """
 
 from __future__ import annotations
@@ -29,15 +29,16 @@ from neuropil.reproduce._circuit_diagrams_bugs import PROGRAMS, Program
 from neuropil.reproduce.harness import Meter, runner
 
 CLAIM = (
-    "A diagram in which axes are wires fixes an architecture so exactly that its code, its gradient and its costs can be "
-    "read off, and so that mistakes in it are found."
+    "A diagram in which axes are wires fixes an architecture so exactly that its code, its gradient and its costs can "
+    "be read off, and so that mistakes in it are found."
 )
 RULE = (
     "(1) For all eight architectures the operations read off differ from those counted by 0 and the gradient of the "
     "reverse diagram from autograd's by less than 1e-8, relative. (2) The types of the diagram alone find more than "
     "half of the faults, types and costs together at least three quarters. (3) The types find more faults than "
     "jaxtyping on every intermediate result: the difference, paired over seeds, exceeds twice its standard error. "
-    "Holds if (1), (2) and (3); does not hold if (1) fails or the mean difference of (3) is zero or less; partly otherwise."
+    "Holds if (1), (2) and (3); does not hold if (1) fails or the mean difference of (3) is zero or less; partly "
+    "otherwise."
 )
 PAPER_SAYS = (
     "a notation, without a benchmark: diagrams of eight architectures, with code of the same structure beside them",
@@ -45,17 +46,18 @@ PAPER_SAYS = (
 )
 DEVIATIONS = (
     "the paper's claim to communicate better is about readers; the share of faults that are found stands in for it",
-    "torchview and torchinfo, which show shapes and check nothing, are represented by a comparison of the shapes of all "
-    "intermediate results with those of the right program",
+    "torchview and torchinfo, which show shapes and check nothing, are represented by a comparison of the shapes of "
+    "all intermediate results with those of the right program",
 )
 NOTES = (
-    "A fault counts as found by jaxtyping also where PyTorch itself stops, and by costs where the polynomials of operations, "
-    "of parameters or of memory at the cuts differ from those of the right diagram.",
-    "Each seed draws the sizes of all axes; two axes may have one size, and then a check of shapes cannot tell them apart "
-    "where one of names can.",
+    "A fault counts as found by jaxtyping also where PyTorch itself stops, and by costs where the polynomials of "
+    "operations, of parameters or of memory at the cuts differ from those of the right diagram.",
+    "Each seed draws the sizes of all axes; two axes may have one size, and then a check of shapes cannot tell them "
+    "apart where one of names can.",
+    "Diagrams are checked in symbols, so their share does not depend on the sizes and has no spread.",
     "No check of types sees a wrong axis of a softmax, a wrong number or a wrong order of two arguments of one type.",
 )
-SEEDS: dict[Scale, tuple[int, ...]] = {"smoke": (0,), "default": (0, 1, 2, 3, 4), "paper": tuple(range(10))}
+SEEDS: dict[Scale, tuple[int, ...]] = {"smoke": (0,), "default": (0, 1, 2), "paper": tuple(range(10))}
 SETTINGS: dict[Scale, dict[str, Any]] = {
     "smoke": {"draws": 1, "architectures": ("mlp", "attention", "convolution"), "chains": 2},
     "default": {"draws": 4, "architectures": "all", "chains": 10},
@@ -67,18 +69,17 @@ JAXTYPING, SIGNATURES, SHAPES = "jaxtyping, every result", "jaxtyping, in and ou
 CHECKS = (TYPES, COSTS, SIGNATURES, JAXTYPING, SHAPES, NUMBERS)
 OURS, PEER = "diagrams, merged and reordered", "opt_einsum"
 
+
 def measure(scale: Scale, seed: int, progress: Meter) -> list[Measurement]:
     settings = SETTINGS[scale]
-    found = {check: 0 for check in CHECKS}
+    found = dict.fromkeys(CHECKS, 0)
     jobs = [(program, draw) for program in PROGRAMS for draw in range(settings["draws"])]
     for program, draw in progress.track(jobs, "faults", 0.0, 0.6):
         for check, count in caught(program, 1000 * seed + draw).items():
             found[check] += count
     tried = settings["draws"] * sum(len(program.bugs) for program in PROGRAMS)
     ours = (TYPES, COSTS)
-    rows = [
-        Measurement(check, CAUGHT, 100 * found[check] / tried, "%", True, check not in ours) for check in CHECKS
-    ]
+    rows = [Measurement(check, CAUGHT, 100 * found[check] / tried, "%", True, check not in ours) for check in CHECKS]
     chosen = shipped.SMALL if settings["architectures"] == "all" else settings["architectures"]
     for name in progress.track(chosen, "architectures", 0.6, 0.95):
         counted, gradient = exactness(shipped.SMALL[name](), seed)
@@ -99,9 +100,9 @@ def exactness(diagram: Diagram, seed: int) -> tuple[float, float]:
     counted = counter.get_total_flops()
     wanted = torch.randn(out.shape, generator=generator, dtype=torch.float64)
     names = [name for name, op in weights_of(diagram.flat()).items() if op.option("trainable", True)]
-    leaves = [*inputs, *(net.weight(name) for name in names)]
+    leaves = [*inputs, *(net.value_of(name) for name in names)]
     right = torch.autograd.grad(out, leaves, wanted)
-    weights = {name: net.weight(name).detach() for name in weights_of(diagram.flat())}
+    weights = {name: net.value_of(name).detach() for name in weights_of(diagram.flat())}
     back = diagram.backward().torch(weights).double()
     with torch.no_grad():
         made = back(*inputs, wanted)
@@ -125,7 +126,7 @@ def caught(program: Program, seed: int) -> dict[str, int]:
     wanted, right = watched(program, "", weights, inputs)
     torch.testing.assert_close(net(*inputs), wanted, rtol=1e-4, atol=1e-5)  # both languages say the same
     known = sizes | ({"x": sizes["y"]} if program is PROGRAMS[1] else {})
-    out = {check: 0 for check in CHECKS}
+    out = dict.fromkeys(CHECKS, 0)
     for bug in program.bugs:
         types, costs = read_off(program, bug)
         out[TYPES] += types
@@ -187,10 +188,12 @@ def watched(
 
 def annotated(results: list[tuple[Tensor, str]], sizes: dict[str, int]) -> bool:
     """Whether jaxtyping finds every result to be as annotated, the sizes being known."""
+    hint: Any = Float
     with jaxtyped("context"):
         for name, size in sizes.items():
-            assert isinstance(torch.empty(size), Float[Tensor, name])
-        return all([isinstance(x, Float[Tensor, axes]) for x, axes in results])
+            assert isinstance(torch.empty(size), hint[Tensor, name])
+        right = [isinstance(x, hint[Tensor, axes]) for x, axes in results]
+        return all(right)
 
 
 # ---------------------------------------------------------------------------------------------------------- rewriting
@@ -259,7 +262,9 @@ def figure(report: Report) -> Figure:
     panel = drawn.subplots()
     heights = range(len(rows))[::-1]
     colours = ["#8a8f98" if row.baseline else "#0b6e99" for row in rows]
-    panel.barh(list(heights), [row.mean for row in rows], xerr=[row.spread or 0 for row in rows], color=colours, capsize=3)
+    panel.barh(
+        list(heights), [row.mean for row in rows], xerr=[row.spread or 0 for row in rows], color=colours, capsize=3
+    )
     for height, row in zip(heights, rows, strict=True):
         panel.text(row.mean + (row.spread or 0) + 1.5, height, f"{row.mean:.0f} %", va="center", fontsize="small")
     panel.set_yticks(list(heights), CHECKS)

@@ -169,12 +169,14 @@ def _caller(part: nn.Module, call: _Call) -> Callable[..., Any]:
 
 
 @contextmanager
-def _standing_in(module: nn.Module, seen: Mapping[str, _Call], names: Sequence[str] | Mapping[str, str]) -> Iterator[None]:
+def _standing_in(
+    module: nn.Module, seen: Mapping[str, _Call], names: Sequence[str] | Mapping[str, str]
+) -> Iterator[None]:
     """While it lasts, these submodules are one operation each; their own `forward` comes back after."""
     parts = {name: module.get_submodule(name) for name in names if name}
     try:
         for name, part in parts.items():
-            part.forward = _stand_in(name, seen[name])  # type: ignore[method-assign]
+            part.forward = _stand_in(name, seen[name])
         yield
     finally:
         for part in parts.values():

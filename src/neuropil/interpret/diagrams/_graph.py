@@ -101,7 +101,7 @@ class Reader:
     def _inline(self, inner: GraphModule, args: tuple[Any, ...], stack: Stack) -> list[Any]:
         """A piece of the program in a graph of its own (where gradients are off, say) is read as if it stood here."""
         place = next(i for i, x in enumerate(args) if x is inner)
-        given = [x for x in args[place + 1 :]]
+        given = list(args[place + 1 :])
         inside: dict[Node, Any] = {}
         holes = [n for n in inner.graph.nodes if n.op == "placeholder"]
         inside |= dict(zip(holes, given, strict=True))
@@ -228,7 +228,11 @@ def _name_inputs(reader: Reader, inputs: Sequence[int], names: Sequence[str | Se
     for number, value in enumerate(inputs):
         shape, dims = reader.values[value].shape, reader.values[value].dims
         if names is None:
-            text = "batch seq" if len(shape) == 2 and not reader.values[value].floating else INPUT_NAMES.get(len(shape), "")
+            text = (
+                "batch seq"
+                if len(shape) == 2 and not reader.values[value].floating
+                else INPUT_NAMES.get(len(shape), "")
+            )
             words: Sequence[str] = text.split()
         else:
             given = names[number]
@@ -290,7 +294,9 @@ class _Emitter:
             record = self.reader.records[number]
             if len(record.stack) > depth:
                 end = number
-                while end < high and self.reader.records[end].stack[depth : depth + 1] == record.stack[depth : depth + 1]:
+                while (
+                    end < high and self.reader.records[end].stack[depth : depth + 1] == record.stack[depth : depth + 1]
+                ):
                     end += 1
                 op, ins, outs = self._block(number, end, depth, path)
             elif (end := self._indices(number, high, depth)) > number + 2:

@@ -100,7 +100,9 @@ def transformer(m: int = 16, k: int = 4, h: int = 4, d: int = 32, layers: int = 
     return build(f"s=6 m={m}, t=5 m={m}", network)
 
 
-def square(to: tuple[str, str], size: int, stride: int = 1, padding: int = 0, of: tuple[str, str] = ("x", "y")) -> Windows:
+def square(
+    to: tuple[str, str], size: int, stride: int = 1, padding: int = 0, of: tuple[str, str] = ("x", "y")
+) -> Windows:
     """The same window on two axes."""
     return {old: Window(new, size, stride, padding) for old, new in zip(of, to, strict=True)}
 
@@ -175,11 +177,11 @@ def unet(pixels: int = 16, base: int = 4, levels: int = 2, classes: int = 2) -> 
             x = double(x, base * 2**n, f"down{n}")
             kept.append(x)
             here = x.array.names[1:]
-            x = max_pool(square((f"x{n + 1}", f"y{n + 1}"), 2, 2, 0, here))(x)  # type: ignore[arg-type]
+            x = max_pool(square((f"x{n + 1}", f"y{n + 1}"), 2, 2, 0, here))(x)
         x = double(x, base * 2**levels, "bottom")
         for n in reversed(range(levels)):
             here, there = x.array.names[1:], kept[n].array.names[1:]
-            windows = square(there, 2, 2, 0, here)  # type: ignore[arg-type]
+            windows = square(there, 2, 2, 0, here)
             x = conv_transpose(f"{x.array.names[0]} -> u{n}={base * 2**n}", f"up{n}.grow", windows)(x)
             x = double(concat(f"j{n}")(kept[n], x), base * 2**n, f"up{n}")
         return conv(f"{x.array.names[0]} -> out={classes}", "classify", {})(x)
@@ -206,7 +208,6 @@ def visual_attention(pixels: int = 12, channels: int = 33, k: int = 8, heads: in
         return rename(d="c")(conv_transpose(f"k h -> d={channels}", "o", back, bias=False)(grid))
 
     return build(f"c={channels} x={pixels} y={pixels}", network)
-
 
 
 SMALL: dict[str, Callable[[], Diagram]] = {

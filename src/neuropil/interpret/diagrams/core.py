@@ -124,7 +124,7 @@ class Wire:
     def __add__(self, other: Wire) -> Wire:
         from neuropil.interpret.diagrams.library import add
 
-        return add(self, other)  # type: ignore[return-value]
+        return add(self, other)
 
 
 @dataclass(frozen=True)

@@ -115,7 +115,7 @@ def flops(op: Op) -> Size:
 
 
 def _cuts(flat: Diagram) -> list[Size]:
-    last = {wire: -1 for wire in range(len(flat.inputs))}
+    last = dict.fromkeys(range(len(flat.inputs)), -1)
     last |= {wire: number for number, step in enumerate(flat.steps) for wire in (*step.outs, *step.ins)}
     last |= {wire: len(flat.steps) for wire in flat.outputs}
     held = {i for step in flat.steps if step.op.kind in ("weight", "constant") for i in step.outs}
@@ -135,12 +135,15 @@ def _memory(flat: Diagram, alive: Iterable[int]) -> Size:
 
 # ------------------------------------------------------------------------------------------- operations of PyTorch
 
-POINTWISE_COST = 1
-PRODUCTS = {"linear", "matmul", "mm", "bmm", "addmm", "baddbmm", "einsum", "attention", "conv1d", "conv2d", "conv3d",
-            "convolution", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d"}  # fmt: skip
-FREE = {"view", "reshape", "transpose", "permute", "expand", "unsqueeze", "squeeze", "slice", "select", "split", "chunk",
-        "flatten", "unflatten", "cat", "stack", "embedding", "t", "roll", "pad", "to", "arange", "full", "clone",
-        "unbind", "index", "index_select", "ones", "zeros", "alias", "contiguous"}  # fmt: skip
+PRODUCTS = {
+    "linear", "matmul", "mm", "bmm", "addmm", "baddbmm", "einsum", "attention", "conv1d", "conv2d", "conv3d",
+    "convolution", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d",
+}  # fmt: skip
+FREE = {
+    "view", "reshape", "transpose", "permute", "expand", "unsqueeze", "squeeze", "slice", "select", "split",
+    "chunk", "flatten", "unflatten", "cat", "stack", "embedding", "t", "roll", "pad", "to", "arange", "full",
+    "clone", "unbind", "index", "index_select", "ones", "zeros", "alias", "contiguous",
+}  # fmt: skip
 
 
 def _of_aten(op: Op) -> Size:

@@ -1,8 +1,8 @@
 """Names for the axes of a traced model: which dimensions of which tensors are the same axis.
 
 Every dimension of every tensor is a node; operations join them (a sum keeps its input's axes, a product of matrices
-joins the two that it contracts). What is joined to a dimension that the user named has that name; any other axis is named
-by its size.
+joins the two that it contracts). What is joined to a dimension that the user named has that name; any other axis is
+named by its size.
 """
 
 from __future__ import annotations
@@ -13,9 +13,12 @@ from typing import Any
 
 import torch
 
-SAME = {"softmax", "layer_norm", "batch_norm", "group_norm", "rms_norm", "dropout", "native_layer_norm", "instance_norm",
-        "_safe_softmax", "log_softmax", "native_dropout", "cumsum", "roll", "flip", "detach", "clone", "to", "contiguous",
-        "alias", "feature_dropout", "alpha_dropout", "gelu", "where", "masked_fill", "pow", "hardtanh"}  # fmt: skip
+SAME = {
+    "softmax", "layer_norm", "batch_norm", "group_norm", "rms_norm", "dropout", "native_layer_norm",
+    "instance_norm", "_safe_softmax", "log_softmax", "native_dropout", "cumsum", "roll", "flip", "detach",
+    "clone", "to", "contiguous", "alias", "feature_dropout", "alpha_dropout", "gelu", "where", "masked_fill",
+    "pow", "hardtanh",
+}  # fmt: skip
 
 
 class Dims:
@@ -222,7 +225,9 @@ def _pool(dims: Dims, a: Sequence[int], out: Sequence[int]) -> None:
 
 def _reduce(dims: Dims, a: Sequence[int], out: Sequence[int], args: Sequence[Any]) -> None:
     gone = args[1] if len(args) > 1 else None
-    which = {n % len(a) for n in (gone if isinstance(gone, list | tuple) else [gone]) if isinstance(n, int)} if a else set()
+    which = (
+        {n % len(a) for n in (gone if isinstance(gone, list | tuple) else [gone]) if isinstance(n, int)} if a else set()
+    )
     if len(out) == len(a):
         _each(dims, a, out)
     elif len(out) == len(a) - len(which):

@@ -114,9 +114,8 @@ def _mermaid(diagram: Diagram, names: dict[int, str], depth: int, prefix: str, p
             names |= dict(zip(step.outs, ends, strict=True))
             continue
         out.append(f'{pad}{node}[["{text}"]]' if weights else f'{pad}{node}["{text}"]')
-        for wire in step.ins:
-            if wire not in sources:
-                out.append(f'{pad}{names[wire]} -- "{diagram.wires[wire]}" --> {node}')
+        read = [wire for wire in step.ins if wire not in sources]
+        out += [f'{pad}{names[wire]} -- "{diagram.wires[wire]}" --> {node}' for wire in read]
         names |= dict.fromkeys(step.outs, node)
     return [names[w] for w in diagram.outputs]
 
@@ -140,9 +139,7 @@ def tikz(
     shown = folded(diagram) if fold else diagram
     drawing = draw(shown, lambda module, level: level < depth or module in opened, width)
     out = [r"\begin{tikzpicture}[x=0.75pt, y=-0.75pt, line width=0.6pt]"]
-    for shape in drawing.walk():
-        if not isinstance(shape, Group):
-            out.append("  " + _tikz(shape))
+    out += ["  " + _tikz(shape) for shape in drawing.walk() if not isinstance(shape, Group)]
     return "\n".join([*out, r"\end{tikzpicture}", ""])
 
 

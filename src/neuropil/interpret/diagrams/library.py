@@ -1,7 +1,7 @@
 """The boxes: linear maps of indices, functions of numbers, softmax, windows, learned maps.
 
-Boxes with a full signature (`einsum`, `box`) are strict: what comes before must give these very arrays. The others are
-polymorphic: they name the axes that they work on and run over all others.
+Boxes with a full signature (`einsum`, `box`) are strict: what comes before must give these very arrays. The others
+are polymorphic: they name the axes that they work on and run over all others.
 
 >>> scores = einsum("y k, x k -> y x") >> scale("1/sqrt(k)") >> softmax("x")
 >>> str(scores)
@@ -91,7 +91,7 @@ def transpose(axes: str) -> Polymorphic:
 
 
 def elementwise(name: str, number: Any = None) -> Polymorphic:
-    """A function of single numbers, run over all axes; the axes of a smaller argument are among those of the largest."""
+    """A function of single numbers, run over all axes; a smaller argument has some axes of the largest."""
     if name not in FUNCTIONS:
         raise DiagramError(f"no function {name!r}; there are {', '.join(FUNCTIONS)}")
     if isinstance(number, str):
@@ -119,7 +119,8 @@ def elementwise_op(name: str, given: Sequence[Array], options: Any = None) -> Op
                 )
             if one != whole[one.name]:
                 raise DiagramError(
-                    f"{name}: axis {one.name!r} has size {one.size} in one argument and {whole[one.name].size} in another"
+                    f"{name}: axis {one.name!r} has size {one.size} in one argument "
+                    f"and {whole[one.name].size} in another"
                 )
     return Op(
         "elementwise", tuple(given), (Array(whole.axes),), tuple(sorted(whole.names)), options or (("name", name),)

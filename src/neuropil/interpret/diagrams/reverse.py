@@ -1,8 +1,10 @@
-r"""Backpropagation as a diagram: every box has its reverse, wires run back, and what a reverse box reads is carried along.
+r"""Backpropagation as a diagram: every box has its reverse, wires run back, and what a reverse box reads is carried
+along.
 
-A linear map reverses to its transpose and needs no value; an elementwise $f$ multiplies by $f'(x)$; a softmax with value
-$y$ gives $y (\dot y - \langle y, \dot y \rangle)$; a copy becomes a sum, a sum a copy. An axis that a box is broadcast
-over is broadcast over in reverse, and summed for what does not have it: so the gradient of shared weights is a sum.
+A linear map reverses to its transpose and needs no value; an elementwise $f$ multiplies by $f'(x)$; a softmax with
+value $y$ gives $y (\dot y - \langle y, \dot y \rangle)$; a copy becomes a sum, a sum a copy. An axis that a box is
+broadcast over is broadcast over in reverse, and summed for what does not have it: so the gradient of shared weights
+is a sum.
 """
 
 from __future__ import annotations
@@ -163,7 +165,9 @@ def _by_vjp(builder: Builder, op: Op, ins: Sequence[Wire], gs: Sequence[Wire]) -
     floats = [a for a in op.dom if a.dtype == "float"]
     dom = (*op.dom, *(w.array for w in gs))
     over = tuple(n for n in op.over if all(n in a.names for a in floats))
-    made = iter(builder.add(Op("vjp", dom, tuple(floats), over, (("name", f"reverse {op.name}"), ("of", op))), [*ins, *gs]))
+    made = iter(
+        builder.add(Op("vjp", dom, tuple(floats), over, (("name", f"reverse {op.name}"), ("of", op))), [*ins, *gs])
+    )
     return [next(made) if a.dtype == "float" else None for a in op.dom]
 
 

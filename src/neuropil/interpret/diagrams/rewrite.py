@@ -1,8 +1,8 @@
 """Rewrites that change no value: linear steps merged into one, then taken apart in the cheapest order.
 
-Parallel and successive einsums are one multilinear map, and any order of its pairwise products gives the same numbers. Two
-einsums of which one alone reads the other are merged; a merged one of three inputs or more is done by the pairwise order
-with the fewest operations (all orders tried, by subsets). The result is taken only where it
+Parallel and successive einsums are one multilinear map, and any order of its pairwise products gives the same
+numbers. Two einsums of which one alone reads the other are merged; a merged one of three inputs or more is done by
+the pairwise order with the fewest operations (all orders tried, by subsets). The result is taken only where it
 costs less, or as much in fewer boxes.
 """
 
@@ -115,7 +115,11 @@ def _array(op: Op, axes: dict[str, Axis], some: frozenset[int]) -> Array:
 
 
 def _joined(
-    op: Op, axes: dict[str, Axis], best: dict[frozenset[int], tuple[int, Any]], some: frozenset[int], half: frozenset[int]
+    op: Op,
+    axes: dict[str, Axis],
+    best: dict[frozenset[int], tuple[int, Any]],
+    some: frozenset[int],
+    half: frozenset[int],
 ) -> tuple[int, Any]:
     other = some - half
     dom = tuple(op.dom[min(s)] if len(s) == 1 else _array(op, axes, s) for s in (half, other))

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from neuropil.interpret.diagrams.axes import Array, Axis, DiagramError, symbol
+from neuropil.interpret.diagrams.axes import Array, DiagramError, symbol
 from neuropil.interpret.diagrams.core import Diagram, Op
 from neuropil.interpret.diagrams.functions import FUNCTIONS, reads
 
@@ -39,7 +39,6 @@ class Compiled(nn.Module):
         super().__init__()
         self._flat = diagram.flat()
         self._calls = dict(modules or {})
-        self._names: dict[str, str] = {}  # of each weight in the diagram, where this module keeps it
         self._sized: dict[tuple[torch.Size, ...], Diagram] = {}
         generator = torch.Generator().manual_seed(seed)
         for name, op in weights_of(self._flat).items():
@@ -52,20 +51,20 @@ class Compiled(nn.Module):
         *path, last = name.split(".")
         home: nn.Module = self
         for part in path:
-            if not hasattr(home, part):
+            if part not in home._modules:
                 home.add_module(part, nn.Module())
-            home = getattr(home, part)
+            home = home.get_submodule(part)
         if isinstance(value, nn.Parameter) or (trainable and value.is_floating_point()):
             home.register_parameter(last, value if isinstance(value, nn.Parameter) else nn.Parameter(value))
         else:
             home.register_buffer(last, value)
-        self._names[name] = name
 
-    def weight(self, name: str) -> Tensor:
+    def value_of(self, name: str) -> Tensor:
+        """The weight of this dotted name."""
         home: Any = self
         for part in name.split("."):
             home = getattr(home, part)
-        return home  # type: ignore[no-any-return]
+        return home
 
     def forward(self, *inputs: Tensor) -> Any:
         key = tuple(x.shape for x in inputs)
@@ -91,7 +90,7 @@ class Compiled(nn.Module):
 
     def _run(self, op: Op, given: Sequence[Tensor], like: Tensor) -> Any:
         if op.kind == "weight":
-            return self.weight(op.name.removeprefix("/"))
+            return self.value_of(op.name.removeprefix("/"))
         if op.kind == "opaque":
             return self._calls[op.name.removeprefix("/")](*given)
         return evaluate(op, given, like)
@@ -199,12 +198,12 @@ def function_of(name: str) -> Callable[..., Tensor]:
     base, prime, argument = name.partition("'")
     if not prime:
         text = FUNCTIONS[base].code.format("a", "b", n="n")
-        return eval(f"lambda n, a, b=None: {text}", {"torch": torch, "F": nn.functional})  # type: ignore[no-any-return]
+        return eval(f"lambda n, a, b=None: {text}", {"torch": torch, "F": nn.functional})
     used = reads(base, int(argument))
     names = {"0": "a", "1": "b", "y": "y"}
     text = FUNCTIONS[base].slopes[int(argument)].format("a", "b", g="g", y="y", n="n")
     arguments = ", ".join([*(names[key] for key in used), "g"])
-    return eval(f"lambda n, {arguments}: {text}", {"torch": torch, "F": nn.functional})  # type: ignore[no-any-return]
+    return eval(f"lambda n, {arguments}: {text}", {"torch": torch, "F": nn.functional})
 
 
 def _elementwise(op: Op, given: Sequence[Tensor], like: Tensor) -> Tensor:
@@ -294,7 +293,7 @@ def _lookup_back(op: Op, given: Sequence[Tensor], like: Tensor) -> Tensor:
 
 def _constant(op: Op, given: Sequence[Tensor], like: Tensor) -> Tensor:
     shape = _shape(op.cod[0], f"constant {op.name!r}")
-    made = {"dtype": like.dtype, "device": like.device}
+    made: dict[str, Any] = {"dtype": like.dtype, "device": like.device}
     if op.name == "eye":
         return torch.eye(*shape, **made)
     if op.name == "causal":
@@ -347,6 +346,8 @@ def _aten(op: Op, given: Sequence[Tensor], like: Tensor) -> Any:
     """An operation of PyTorch as it was traced."""
     space, packet, overload = op.option("target").split(".")
     function = getattr(getattr(getattr(torch.ops, space), packet), overload)
+    if packet == "view":  # what made its input contiguous may have been left out
+        function = torch.ops.aten.reshape.default
     arguments = unfrozen(op.option("args"), given)
     found = function(*arguments, **dict(unfrozen(op.option("kwargs"), given)))
     return tuple(found) if isinstance(found, list | tuple) else found
@@ -386,4 +387,4 @@ EVALUATE: dict[str, Callable[[Op, Sequence[Tensor], Tensor], Any]] = {
     "aten": _aten,
 }
 
-__all__ = ["Axis", "Compiled", "evaluate", "function_of", "lifted", "sizes_from", "unfrozen", "weights_of"]
+__all__ = ["Compiled", "evaluate", "function_of", "lifted", "sizes_from", "unfrozen", "weights_of"]

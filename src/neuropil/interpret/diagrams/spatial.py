@@ -1,7 +1,7 @@
 """Windows that slide along axes: convolutions and poolings as a map of indices, then a contraction.
 
-A window on axis x is the affine map $x = s\\,x' + d\\,k - p$ from the output's index $x'$ and the place $k$ in the window;
-a convolution reads through it and contracts, its transpose contracts and writes through it.
+A window on axis x is the affine map $x = s\\,x' + d\\,k - p$ from the output's index $x'$ and the place $k$ in the
+window; a convolution reads through it and contracts, its transpose contracts and writes through it.
 """
 
 from __future__ import annotations

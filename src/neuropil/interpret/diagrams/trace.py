@@ -11,9 +11,9 @@ batch=2 d8=8 -> batch=2 d3=3
 >>> torch.equal(circuit.torch()(torch.ones(2, 8)), net(torch.ones(2, 8)))
 True
 
-The module is exported by `torch.export` (nothing of it is changed), so every operation is there with its shapes, and the
-module it was called in. A submodule that cannot be exported, because its path depends on the data, say, is one opaque
-box, and a warning names it.
+The module is exported by `torch.export` (nothing of it is changed), so every operation is there with its shapes,
+and the module it was called in. A submodule that cannot be exported, because its path depends on the data, say, is
+one opaque box, and a warning names it.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from neuropil._inputs import model_inputs
 from neuropil.errors import ModelError
@@ -87,9 +88,7 @@ class Circuit:
     @cached_property
     def modules(self) -> dict[str, tuple[tuple[int, ...], ...]]:
         """For each module that is a block: the shapes that it gives."""
-        return {
-            path: tuple(a.shape for a in op.cod) for path, op in named_blocks(self.diagram) if len(op.cod) == 1
-        }
+        return {path: tuple(a.shape for a in op.cod) for path, op in named_blocks(self.diagram) if len(op.cod) == 1}
 
     @property
     def theory(self) -> np.ndarray:
@@ -100,12 +99,15 @@ class Circuit:
     def simulated(self) -> np.ndarray:
         from torch.utils.flop_counter import FlopCounterMode
 
-        seen: dict[str, int] = {}
-        with _evaluating(self.model), _watched(self.model, seen), FlopCounterMode(display=False) as counter:
-            with torch.no_grad():
-                self._export.run(self.model)
+        seen: dict[str, list[tuple[int, ...]]] = {}
+        counter = FlopCounterMode(display=False)
+        with _evaluating(self.model), _watched(self.model, seen), torch.no_grad(), counter:
+            self._export.run(self.model)
         trained = {id(p): p.numel() for p in self.model.parameters() if p.requires_grad}
-        sizes = [seen.get(path.partition("@")[0], 0) for path in self.modules]
+        sizes = []
+        for path, (shape,) in self.modules.items():
+            given = seen.get(path.partition("@")[0], [()])  # of several, the one that is read on
+            sizes.append(_numbers(shape if shape in given else given[0]))
         return np.array([counter.get_total_flops(), sum(trained.values()), *sizes])
 
 
@@ -133,7 +135,8 @@ def circuit_diagram(
         export = exported(module, args, kwargs)
     for path, why in export.opaque.items():
         warnings.warn(
-            f"{path or name} ({type(module.get_submodule(path)).__name__}) is drawn as one opaque box: {why}", stacklevel=2
+            f"{path or name} ({type(module.get_submodule(path)).__name__}) is drawn as one opaque box: {why}",
+            stacklevel=2,
         )
     diagram = emit(export, names)
     return Circuit(diagram, name, export.opaque, module, export.inputs, export)
@@ -192,14 +195,14 @@ def _evaluating(module: nn.Module) -> Any:
 
 
 @contextmanager
-def _watched(module: nn.Module, seen: dict[str, int]) -> Any:
-    """Writes down how many numbers each module gives."""
+def _watched(module: nn.Module, seen: dict[str, list[tuple[int, ...]]]) -> Any:
+    """Writes down the shapes that each module gives."""
 
     def hook(path: str) -> Callable[..., None]:
         def note(_: nn.Module, __: Any, out: Any) -> None:
-            first = next((x for x in torch.utils._pytree.tree_leaves(out) if isinstance(x, Tensor)), None)
-            if first is not None:
-                seen.setdefault(path, first.numel())
+            shapes = [tuple(x.shape) for x in pytree.tree_leaves(out) if isinstance(x, Tensor)]
+            if shapes:
+                seen.setdefault(path, shapes)
 
         return note
 
