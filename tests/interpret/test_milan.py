@@ -55,7 +55,9 @@ def toy(seed: int = 0, units: int = 24) -> tuple[Tensor, list[list[str]]]:
     """Sets of vectors whose mean says which of two sentences is theirs."""
     signs = torch.arange(units) % 2
     keys = draw(units, 4, 6, seed=seed) + 3 * (2.0 * signs - 1)[:, None, None]
-    return keys, [["red balls", "a red ball"] if s else ["blue boxes"] for s in signs.tolist()]
+    return keys, [
+        ["many red balls here", "here are red balls"] if s else ["blue boxes and nothing else"] for s in signs.tolist()
+    ]
 
 
 def specimen(seed: int = 0) -> tuple[MILAN, Tensor, list[list[str]]]:
@@ -406,8 +408,8 @@ def test_dead_units_are_not_described(learned: MILAN) -> None:
 
     net = nn.Sequential(nn.Conv2d(3, 3, 1), nn.ReLU())
     with torch.no_grad():
-        net[0].weight[1].zero_()
-        net[0].bias[1] = -1
+        net[0].weight.fill_(1.0)
+        net[0].bias.copy_(torch.tensor([0.0, -9.0, 0.0]))
     milan = MILAN(Encoder(net, ["1"])).set_params(beam=5)
     milan.vocabulary_, milan.captioner_, milan.lm_ = learned.vocabulary_, learned.captioner_, learned.lm_
     found = milan.describe(exemplars(net, torch.rand(20, 3, 4, 4), "1", k=4))

@@ -1,5 +1,7 @@
 """Ablation by masks, the three applications on planted networks, the label baselines, a CLIP, columns."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -334,7 +336,10 @@ def test_descriptions_are_columns_of_an_atlas(tmp_path: object) -> None:
         texts = [Description(f"unit {i}", 0.5 * i, 0.0, 0.0) for i in range(site.width)]
         described[site.name] = (found, texts)
     columns = described_columns(described)
-    with Atlas.create(f"{tmp_path}/atlas", model) as atlas:
+    mapped = SimpleNamespace(  # a model without tokens
+        name="net", fingerprint=model.fingerprint, architecture="Sequential", sites=model.sites, tokens=lambda: []
+    )
+    with Atlas.create(f"{tmp_path}/atlas", mapped) as atlas:
         atlas.add("milan", columns, progress=False)
         table = atlas.query("SELECT neuron, description, description_score, dead FROM neurons ORDER BY site, index")
     assert table.num_rows == 9

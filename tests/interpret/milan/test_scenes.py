@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from neuropil.interpret.milan import exemplars
 from neuropil.interpret.milan.grammar import ATTRIBUTES, COLOURS, KINDS, RELATIONS, SHAPES, f1, mentioned, say
 from neuropil.interpret.milan.scene_models import Planted, annotated, encoder_of, scene_captioner, trained_net
-from neuropil.interpret.milan.scenes import RGB, Scenes, annotations, scenes, shared, worn
+from neuropil.interpret.milan.scenes import RGB, Scenes, annotate, scenes, shared, worn
 
 
 @pytest.fixture(scope="module")
@@ -95,7 +95,7 @@ def test_f1() -> None:
 
 
 def test_most_of_a_set_has_its_concept(made: Scenes) -> None:
-    found = annotations(made, 60, seed=3)
+    found = annotate(made, 60, seed=3)
     assert len(found.sentences) == len(found.concepts) == len(found.scene) == 60
     for row in range(60):
         concept = found.concepts[row] & set(ATTRIBUTES)
@@ -121,7 +121,7 @@ def test_planted_units_mean_what_they_are_said_to(made: Scenes) -> None:
 
 
 def test_a_small_captioner_learns_colours_and_is_kept(tmp_path: Path, made: Scenes) -> None:
-    milan = scene_captioner(tmp_path / "kept", count=500, sets=250, epochs=3, captioner_epochs=10)
+    milan = scene_captioner(tmp_path / "kept", count=500, sets=400, epochs=3, captioner_epochs=6)
     found = exemplars(Planted(), made.images, "units", units=range(7))
     said = milan.describe(found)
     colours = [mentioned(d.text) & set(COLOURS) for d in said]

@@ -10,7 +10,7 @@ the formula of up to three concepts with and, or, and-not, found by beam search.
 >>> [label.text for label in netdissect(units, concepts, ["red", "round", "small"])]
 ['round', 'small']
 >>> [label.text for label in compositional(units, concepts, ["red", "round", "small"])]
-['(red and round)', 'small']
+['(round and red)', 'small']
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ def iou(
 
 
 def netdissect(
-    units: Bool[Tensor, "units places"], concepts: Bool[Tensor, "concepts places"], names: Sequence[str]
+    units: Bool[Tensor, "units places"], concepts: Bool[Tensor, "concepts cells"], names: Sequence[str]
 ) -> list[Label]:
     """The concept that fits each unit best."""
     _check(units, concepts, names)
@@ -92,7 +92,7 @@ def netdissect(
 
 def compositional(
     units: Bool[Tensor, "units places"],
-    concepts: Bool[Tensor, "concepts places"],
+    concepts: Bool[Tensor, "concepts cells"],
     names: Sequence[str],
     *,
     length: int = 3,

@@ -18,7 +18,13 @@ from neuropil.interpret.milan.language import PAD, Vocabulary, live, sequence_sc
 
 
 class Captioner(nn.Module):
-    """Writes descriptions of sets of vectors `keys` `[n, k, features]`; the paper's sizes by default."""
+    """Writes descriptions of sets of vectors `keys` `[n, k, features]`; the paper's sizes by default.
+
+    `standardise` brings the features to mean 0 and spread 1 over given vectors first; the paper does not.
+    """
+
+    shift: Tensor
+    scale: Tensor
 
     def __init__(
         self, vocabulary: Vocabulary, features: int, embedding: int = 128, hidden: int = 512, dropout: float = 0.5
@@ -26,6 +32,8 @@ class Captioner(nn.Module):
         super().__init__()
         self.vocabulary, self.features = vocabulary, features
         attention = min(512, features)
+        self.register_buffer("shift", torch.zeros(features))
+        self.register_buffer("scale", torch.ones(features))
         self.embed = nn.Embedding(len(vocabulary), embedding, padding_idx=PAD)
         self.first_h, self.first_c = nn.Linear(features, hidden), nn.Linear(features, hidden)
         self.query = nn.Linear(hidden, attention)
@@ -36,11 +44,15 @@ class Captioner(nn.Module):
         self.drop = nn.Dropout(dropout)
         self.out = nn.Linear(hidden, len(vocabulary))
 
+    def standardise(self, keys: Float[Tensor, "n k features"]) -> None:
+        self.shift.copy_(keys.mean((0, 1)))
+        self.scale.copy_(keys.std((0, 1)).clamp_min(1e-6))
+
     def start(self, keys: Float[Tensor, "n k features"]) -> tuple[Tensor, ...]:
         """The state before the first word: h and c, then what attention needs, one beam a row."""
         if keys.shape[2] != self.features:
             raise ValueError(f"vectors of {keys.shape[2]} features; this captioner was made for {self.features}")
-        mean = keys.mean(1)
+        mean = (keys.mean(1) - self.shift) / self.scale
         return self.first_h(mean).tanh()[:, None], self.first_c(mean).tanh()[:, None]
 
     def looker(self, keys: Float[Tensor, "n k features"]) -> Looker:
@@ -78,7 +90,8 @@ class Looker:
     """A captioner before given exemplars, whose keys are projected once; steps `[n, beams]` tokens at a time."""
 
     def __init__(self, captioner: Captioner, keys: Float[Tensor, "n k features"]) -> None:
-        self.net, self.keys, self.projected = captioner, keys, captioner.key(keys)[:, None]
+        self.net, self.keys = captioner, (keys - captioner.shift) / captioner.scale
+        self.projected = captioner.key(self.keys)[:, None]
 
     def advance(self, words: Int[Tensor, "n beams"], state: tuple[Tensor, ...]) -> tuple[Tensor, Tensor, Tensor]:
         net, (h, c) = self.net, state

@@ -36,6 +36,7 @@ from neuropil.neurons import Site
 Unit = tuple[str, int]
 Units = Mapping[Any, Sequence[int]]  # by the name of a layer, or by Site
 SPURIOUS = ("word", "text", "letter")
+SHARES = (0.0, 0.02, 0.04, 0.06, 0.08, 0.1, 0.12, 0.14, 0.16, 0.18, 0.2)
 
 
 @contextmanager
@@ -157,7 +158,7 @@ def analyse(
     descriptions: Mapping[Unit, str],
     value: Callable[[str], float],
     *,
-    shares: Sequence[float] = tuple(i / 50 for i in range(11)),
+    shares: Sequence[float] = SHARES,
     orders: int = 5,
     seed: int = 0,
 ) -> Deletion:

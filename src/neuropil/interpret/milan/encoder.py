@@ -44,6 +44,9 @@ class RegionEncoder(nn.Module):
                 region, `[n, places, features]`; attention then chooses among places
     """
 
+    mean: Tensor
+    std: Tensor
+
     def __init__(
         self,
         net: nn.Module,

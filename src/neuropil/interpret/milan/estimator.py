@@ -47,8 +47,10 @@ class MILAN(BaseEstimator):
     embedding, hidden, dropout: of captioner and language model.
     lr, batch_size, epochs: of the captioner (AdamW). lm_batch_size, lm_epochs: of the language model.
     patience: epochs without a better BLEU of greedy sentences of held-out units (captioner) or a lower loss of their
-        sentences (language model) after which training ends; the best weights are kept.
+        sentences (language model) after which training ends; the best weights are kept. Of equal BLEU, as of sentences
+        under four words that have none, the likelier counts as better.
     hold_out: the share of units held out for this.
+    standardise: bring features to one scale before the captioner, which then learns faster (the paper does not).
     random_state: decides the split, the weights and the order of training.
     """
 
@@ -71,6 +73,7 @@ class MILAN(BaseEstimator):
         lm_epochs: int = 100,
         patience: int = 4,
         hold_out: float = 0.1,
+        standardise: bool = False,
         random_state: int = 0,
     ) -> None:
         self.encoder = encoder
@@ -89,6 +92,7 @@ class MILAN(BaseEstimator):
         self.lm_epochs = lm_epochs
         self.patience = patience
         self.hold_out = hold_out
+        self.standardise = standardise
         self.random_state = random_state
 
     def __sklearn_tags__(self) -> Any:
@@ -113,6 +117,8 @@ class MILAN(BaseEstimator):
             self.vocabulary_ = Vocabulary.of(sentence for unit in train for sentence in said[unit])
             self.captioner_ = Captioner(self.vocabulary_, keys.shape[2], self.embedding, self.hidden, self.dropout)
             self.lm_ = LanguageModel(self.vocabulary_, self.embedding, self.hidden, 2, self.dropout)
+        if self.standardise:
+            self.captioner_.standardise(keys[train])
         self.bleu_ = self._fit_captioner(keys, said, train, test)
         self.lm_loss_ = self._fit_lm(said, train, test)
         return self
@@ -137,11 +143,20 @@ class MILAN(BaseEstimator):
             rows, words = batch
             return net.loss(keys[rows], words[:, : longest(words)])
 
-        def quality() -> float:
-            found = search(net, keys[test], strategy="greedy", length=self.length, lam=0.0)
-            return bleu(self.vocabulary_.decode(found.tokens[:, 0]), [said[u] for u in test])
+        rows = torch.tensor([u for u in test for _ in said[u]])
+        held = self.vocabulary_.encode([s for u in test for s in said[u]], self.length)
 
-        return self._train(net, (unit, captions), loss, quality, self.batch_size, self.epochs)
+        @torch.no_grad()
+        def quality() -> tuple[float, float]:
+            """BLEU, and where that is the same (none, for very short sentences) the likelihood."""
+            found = search(net, keys[test], strategy="greedy", length=self.length, lam=0.0)
+            value = bleu(self.vocabulary_.decode(found.tokens[:, 0]), [said[u] for u in test])
+            net.eval()
+            likely = float(net.score(keys[rows], held).mean())
+            net.train()
+            return value, likely
+
+        return self._train(net, (unit, captions), loss, quality, self.batch_size, self.epochs)[0]
 
     def _fit_lm(self, said: list[list[str]], train: list[int], test: list[int]) -> float:
         captions, held = (
@@ -156,25 +171,25 @@ class MILAN(BaseEstimator):
             return mean_loss(batch[0][:, : longest(batch[0])])
 
         @torch.no_grad()
-        def quality() -> float:
+        def quality() -> tuple[float, float]:
             net.eval()
             value = -float(mean_loss(held))
             net.train()
-            return value
+            return value, 0.0
 
-        return -self._train(net, (captions,), loss, quality, self.lm_batch_size, self.lm_epochs)
+        return -self._train(net, (captions,), loss, quality, self.lm_batch_size, self.lm_epochs)[0]
 
     def _train(
         self,
         net: nn.Module,
         data: tuple[Tensor, ...],
         loss: Callable[[nn.Module, Any], Tensor],
-        quality: Callable[[], float],
+        quality: Callable[[], tuple[float, float]],
         batch_size: int,
         epochs: int,
-    ) -> float:
+    ) -> tuple[float, float]:
         """Train until the quality has not risen for `patience` epochs; the best weights stay."""
-        best, since, kept = -math.inf, 0, {}
+        best, since, kept = (-math.inf, -math.inf), 0, {}
         batches = -(-len(data[0]) // batch_size)
 
         def watch(run: Run) -> bool:

@@ -1,7 +1,7 @@
 """The words for the generated scenes: what an annotator would say of regions that share attributes, and back.
 
 >>> say({"red", "striped", "circle"}, random.Random(3))
-'striped red discs'
+'circles that are striped and red'
 >>> sorted(mentioned("a little banded red disc"))
 ['circle', 'red', 'small', 'striped']
 """

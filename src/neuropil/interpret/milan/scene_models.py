@@ -13,7 +13,7 @@ from torch.nn.functional import avg_pool2d, conv2d
 from neuropil.interpret.milan.encoder import RegionEncoder
 from neuropil.interpret.milan.estimator import MILAN
 from neuropil.interpret.milan.grammar import ATTRIBUTES, COLOURS
-from neuropil.interpret.milan.scenes import PERIOD, RGB, SIDE, Scenes, annotations, scenes, worn
+from neuropil.interpret.milan.scenes import PERIOD, RGB, SIDE, Scenes, annotate, scenes, worn
 from neuropil.training import fit, supervised
 
 WIDTHS = (8, 16, 32, 64, 64)
@@ -74,6 +74,8 @@ class Planted(nn.Module):
         *(frozenset({c, "striped"}) for c in COLOURS),
     )
 
+    wave: Tensor
+
     def __init__(self) -> None:
         super().__init__()
         self.units = nn.Identity()
@@ -102,7 +104,7 @@ def annotated(
     masks = worn(made.regions, seed)
     parts = zip(made.images.split(64), masks.split(64), strict=True)
     vectors = [encoder.regions(images, some) for images, some in parts]
-    said = annotations(made, count, seed, k)
+    said = annotate(made, count, seed, k)
     return torch.cat(vectors)[said.scene, said.region], said.sentences
 
 
@@ -134,7 +136,14 @@ def scene_captioner(
     net = trained_net(made, seed, epochs=epochs)
     keys, said = annotated(encoder_of(net), made, sets, seed)
     milan = MILAN(
-        encoder_of(net), hidden=128, epochs=captioner_epochs, lm_epochs=captioner_epochs, random_state=seed
+        encoder_of(net),
+        hidden=128,
+        lr=5e-3,
+        batch_size=32,
+        standardise=True,
+        epochs=captioner_epochs,
+        lm_epochs=captioner_epochs,
+        random_state=seed,
     ).fit(keys, said)
     folder.mkdir(parents=True, exist_ok=True)
     save_file(dict(net.state_dict()), folder / "encoder.safetensors")

@@ -180,7 +180,7 @@ class Annotations:
     sentences: list[list[str]]
 
 
-def annotations(made: Scenes, count: int, seed: int = 0, k: int = 15, people: int = 3) -> Annotations:
+def annotate(made: Scenes, count: int, seed: int = 0, k: int = 15, people: int = 3) -> Annotations:
     """So many sets of regions that share a concept, most of them; up to a fifth of each set are strays.
 
     A concept is one to three attributes of an object, these beside a relation, letters, or nothing at all. An
@@ -191,7 +191,9 @@ def annotations(made: Scenes, count: int, seed: int = 0, k: int = 15, people: in
     relation = torch.stack([made.relation, made.relation ^ 1, torch.full_like(made.relation, -1)], 1).flatten()
     real = made.regions.flatten(2).any(2).flatten()
     everywhere = real.nonzero().flatten().tolist()
-    sets, concepts, said = [], [], []
+    sets: list[list[int]] = []
+    concepts: list[set[str]] = []
+    said: list[list[str]] = []
     while len(sets) < count:
         concept = _concept(draw)
         fits = real & has[:, [ATTRIBUTES.index(a) for a in concept if a in ATTRIBUTES]].all(1)

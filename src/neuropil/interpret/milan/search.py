@@ -137,8 +137,9 @@ def search(
     if lm is not None:
         lm.eval()
     try:
-        look, state = captioner.looker(keys), captioner.start(keys)
-        step, first = look.step, state
+        state, look = captioner.start(keys), captioner.looker(keys)
+        step: Step = look.step
+        first = state
         if mi and lm is not None:
             step = mutual_information(look.step, lm.step, lam, len(state))
             first = (*state, *lm.start(len(keys)))
