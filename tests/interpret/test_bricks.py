@@ -99,7 +99,7 @@ def test_planted_groups_are_found(gated: bool, method: str) -> None:
     net, group = planted(gated)
     [labels] = partition_bricks(net, GROUPS, method=method, data=[one_group_at_a_time()]).labels.values()
     assert adjusted_rand_score(group, labels) == 1.0
-    [random] = partition_bricks(net, GROUPS, method="random").labels.values()
+    [random] = partition_bricks(net, GROUPS, method="random", seed=1).labels.values()
     assert adjusted_rand_score(group, random) < 0.2
 
 
@@ -124,8 +124,8 @@ def test_the_graph_by_hand() -> None:
     a = torch.tensor([[0.5, 3.0, 0.0], [2.0, 0.25, 1.0]])
     joint = coactivation(site, a)
     assert joint.tolist() == [[0, 1.5, 1], [1.5, 0, 0.25], [1, 0.25, 0]]
-    # Percentiles of the nine entries: the 10th to 30th are 0 (four zeros), the 40th lies between 0 and 0.25.
-    assert edge_threshold(joint) == pytest.approx(0.99 * np.percentile(joint.numpy(), 40))
+    # Of nine entries three are zero: the 10th and 20th percentiles are 0, the 30th lies between 0 and 0.25.
+    assert edge_threshold(joint) == pytest.approx(0.99 * np.percentile(joint.numpy(), 30))
     assert edge_threshold(torch.zeros(3, 3)) == float("inf")
 
 
@@ -198,9 +198,13 @@ def test_a_smaller_model_is_the_model_with_the_others_at_zero(name: str) -> None
         assert torch.equal(model(ids()).logits, dense), "the model that was given has been changed"
         whole = extract(model, parts, {first.name: range(6), second.name: range(6)}).model
         torch.testing.assert_close(whole(ids()).logits, dense, rtol=1e-6, atol=1e-6)
-        none: Any = extract(model, parts, {first.name: []})
-        with ablated(model, {first.name: torch.arange(first.width)}):
-            torch.testing.assert_close(none.model(ids()).logits, model(ids()).logits, rtol=1e-5, atol=1e-5)
+        if name == "gpt2":
+            with pytest.raises(ValueError, match="keep one brick"):
+                extract(model, parts, {first.name: []})
+        else:
+            none: Any = extract(model, parts, {first.name: []})
+            with ablated(model, {first.name: torch.arange(first.width)}):
+                torch.testing.assert_close(none.model(ids()).logits, model(ids()).logits, rtol=1e-5, atol=1e-5)
     assert [site.width for site in find_sites(changes.model)] == [16, 8]
     assert sum(p.numel() for p in changes.model.parameters()) < sum(p.numel() for p in model.parameters())
 
@@ -250,14 +254,14 @@ def test_predictivity_by_hand() -> None:
     net, functions = two_functions()
     found = functionality(net, functions)
     p = found.predictivity["0"]
-    assert p[:, :2].tolist() == [[1, 1], [1, 1]], "a perfect separator, whichever way it points"
-    assert p[:, 3].tolist() == [0.5, 0.5], "a constant says nothing"
-    assert found.ap["0"][0, 0] == 1
+    torch.testing.assert_close(p[:, :2], torch.ones(2, 2, dtype=torch.float64))  # whichever way it points
+    torch.testing.assert_close(p[:, 3], torch.full((2,), 0.5, dtype=torch.float64))  # a constant says nothing
+    assert float(found.ap["0"][0, 0]) == pytest.approx(1)
     assert found.ap["0"][0, 1] < 0.6
     assert found.ranking("ap")["0"][:, 0].tolist() == [0, 1]
     assert found.score("difference")["0"][0, 0] > 0.5 > found.score("difference")["0"][0, 2].abs()
     assert found.score("ratio")["0"][0].tolist() == pytest.approx([1, 0, 0.5, 0])
-    assert found.best()["0"].tolist() == [1, 1]
+    assert found.best()["0"].tolist() == pytest.approx([1, 1])
     flipped = functionality(net, dict(reversed(functions.items()))).predictivity["0"]
     torch.testing.assert_close(flipped, p.flip(0))
     with pytest.raises(ValueError, match="expected one of"):

@@ -135,15 +135,21 @@ def test_the_selector_learns_planted_groups() -> None:
     net, _ = planted(False)
     parts = partition_bricks(net, 8)
     selector = MLPSelector(net, parts)
-    x, y = one_group_at_a_time(1500), one_group_at_a_time(200, seed=1)
+    with torch.no_grad():
+        selector.nets[0][0].weight.normal_(0, 0.1, generator=torch.Generator().manual_seed(0))  # it knows nothing
+    x, y = one_group_at_a_time(3000), one_group_at_a_time(200, seed=1)
     inputs, scores = collect(net, parts, [x])
     [site] = find_sites(net)
     true = Oracle(net, parts)(site, y)
-    before = float(captured(true, top_bricks(selector(site, y).detach(), 1 / 8)))
+
+    def share(selector: Any) -> float:
+        return float(captured(true, top_bricks(selector(site, y).detach(), 1 / 8)))
+
+    before = share(selector)
     held = selector.fit(inputs, scores, keep=1 / 8)[site.name]
-    after = float(captured(true, top_bricks(selector(site, y).detach(), 1 / 8)))
-    assert 0.95 < held <= 1
-    assert after > 0.95 > before
+    assert share(selector) > before + 0.2
+    assert share(selector) == pytest.approx(held, abs=0.1)
+    assert share(selector) > 0.9 * share(Cosine(net, parts))
     again = MLPSelector(net, parts)
     again.load_state_dict(selector.state_dict())
     assert torch.equal(again(site, y), selector(site, y))
