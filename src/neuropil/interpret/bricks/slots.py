@@ -125,7 +125,8 @@ def extract(model: nn.Module, parts: Partition, bricks: Mapping[str, Sequence[in
     """A copy with these bricks alone at each named site, in really smaller matrices; other sites stay whole.
 
     With no brick a site gives the bias of its output (not a Conv1D of transformers: ValueError). What the copy computes
-    is what the model does with the other neurons at zero. Raises KeyError for a site without bricks, ValueError for a brick that is not there.
+    is what the model does with the other neurons at zero. Raises KeyError for a site without bricks, ValueError for a
+    brick that is not there.
 
     >>> from neuropil.interpret.bricks import partition_bricks
     >>> net = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 2))
