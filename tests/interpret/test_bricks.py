@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import importlib.util
 from typing import Any
 
@@ -33,6 +34,7 @@ from neuropil.interpret.bricks import (
     partition_bricks,
     pruning_matrix,
     random_control,
+    stability,
 )
 from neuropil.interpret.bricks.coactivation import coactivation, edge_threshold
 from neuropil.interpret.bricks.functionality import balance
@@ -359,6 +361,23 @@ def test_subfunctions_are_counted_together() -> None:
     assert int(tested.thresholds["0"][0, 0]) == binomial_threshold(GROUPS * EACH, EACH, 4 * EACH)
 
 
+def test_bricks_are_stabler_than_neurons_that_change_places() -> None:
+    net, group, functions = planted_functions()
+    found, parts = functionality(net, functions), partition_bricks(net, GROUPS)
+    same = stability(found, found, parts)
+    assert same.neurons["0"] == pytest.approx(1)
+    assert same.bricks["0"] == pytest.approx(1)
+    order = torch.arange(len(group))
+    for g in range(GROUPS):  # the neurons of each brick, moved on by one place
+        order[parts.labels["0"] == g] = order[parts.labels["0"] == g].roll(1)
+    moved = dataclasses.replace(found, ap={"0": found.ap["0"][:, order]}, negation={"0": found.negation["0"][:, order]})
+    other = stability(found, moved, parts)
+    assert other.bricks["0"] == pytest.approx(1)
+    assert other.neurons["0"] < 0.999
+    with pytest.raises(ValueError, match="same functions"):
+        stability(found, functionality(net, {"0": functions["0"], "1": functions["1"]}), parts)
+
+
 def test_the_overlap_of_functions() -> None:
     net, _, functions = planted_functions()
     overlap = functionality(net, functions).overlap(1 / GROUPS, "ap")
@@ -445,6 +464,10 @@ def test_controls_are_as_many_and_as_active() -> None:
     assert any(not torch.equal(matched[n], matched_control(found, chosen, 4)[n]) for n in matched)
     with pytest.raises(ValueError, match="choose fewer"):
         matched_control(found, neurons_of(found, "low", 0.6), 0)
+    everywhere = neurons_of(found, None, 0.2, score="predictivity")
+    first = next(iter(everywhere))
+    mean = found.predictivity[first].mean(0)
+    assert set(everywhere[first].tolist()) == set(mean.argsort(descending=True, stable=True)[:9].tolist())
     with pytest.raises(ValueError, match="share of the neurons"):
         neurons_of(found, "low", 0.0)
     with pytest.raises(ValueError, match="expected one of"):
