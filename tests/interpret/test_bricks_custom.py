@@ -281,6 +281,14 @@ def test_only_the_brick_is_trained(name: str) -> None:
     assert (model(ids()).logits - dense).abs().max() > 1e-4
 
 
+def test_a_chain_is_updated_one_layer_at_a_time() -> None:
+    net = nn.Sequential(nn.Linear(8, 24), nn.ReLU(), nn.Linear(24, 12), nn.ReLU(), nn.Linear(12, 3))
+    parts, before = partition_bricks(net, 4), state(net)
+    with pytest.raises(ValueError, match="one after the other"), updating(net, parts, {"0": [0], "2": [1]}):
+        pass
+    assert all(torch.equal(value, before[n]) for n, value in net.state_dict().items())
+
+
 def test_updating_is_undone_where_it_fails() -> None:
     model = family("llama")
     parts = partition_bricks(model, 6)

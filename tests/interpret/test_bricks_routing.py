@@ -91,6 +91,23 @@ def test_an_instructions_set_is_frozen_and_extracts(name: str) -> None:
     assert chosen[site.name] == top_bricks(scores.mean(0, keepdim=True), 0.5)[0].nonzero()[:, 0].tolist()
 
 
+def test_a_chain_of_layers_is_routed() -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(8, 24), nn.Sigmoid(), nn.Linear(24, 12), nn.GELU(), nn.Linear(12, 3))
+    parts, x = partition_bricks(net, 4), torch.randn(7, 8)
+    with torch.no_grad():
+        dense = net(x)
+        h = net[1](net[0](x))
+        members = [parts.members(name).float() for name in ("0", "2")]
+        h = h * (top_bricks(h @ members[0].T, 0.5).float() @ members[0])
+        h = net[3](net[2](h))
+        h = h * (top_bricks(h.clamp_min(0) @ members[1].T, 0.5).float() @ members[1])
+        with route(net, parts, 0.5) as routing:
+            torch.testing.assert_close(net(x), net[4](h))
+            assert routing.share == 0.5
+        assert torch.equal(net(x), dense)
+
+
 def test_a_routed_model_learns_and_generates() -> None:
     model = family("llama")
     parts = partition_bricks(model, 6)

@@ -60,7 +60,8 @@ def find_slots(model: nn.Module, names: Sequence[str] | None = None) -> tuple[li
         weight = getattr(module, "weight", None)
         if isinstance(weight, Tensor) and weight.dim() > 1 and name not in touched:
             left.setdefault(name, "it belongs to no layer of neurons")
-    return slots, left
+    # In a chain of layers a matrix that one site writes by is what the next one reads by.
+    return slots, {name: reason for name, reason in left.items() if name not in touched}
 
 
 def _owner(model: nn.Module, weight: Weight) -> nn.Module:
