@@ -163,8 +163,9 @@ def _partitions(
         rows.append(Measurement(label, REJECTED, 100 * float(rejected.mean()), "%", True, label == DRAWN))
         if label != DRAWN:  # hardly any is functional there
             times = degree[~degree.isnan()]
-            mean = float(times.mean()) if len(times) else 0.0
-            rows.append(Measurement(label, DEGREE, mean, "times chance", True))
+            rows.append(
+                Measurement(label, DEGREE, float(times.mean()), "times chance", True)
+            )  # NaN: none is functional
     return rows
 
 
