@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import importlib.util
 from typing import Any
 
@@ -33,6 +34,7 @@ from neuropil.interpret.bricks import (
     partition_bricks,
     pruning_matrix,
     random_control,
+    stability,
 )
 from neuropil.interpret.bricks.coactivation import coactivation, edge_threshold
 from neuropil.interpret.bricks.functionality import balance
@@ -99,7 +101,7 @@ def test_planted_groups_are_found(gated: bool, method: str) -> None:
     net, group = planted(gated)
     [labels] = partition_bricks(net, GROUPS, method=method, data=[one_group_at_a_time()]).labels.values()
     assert adjusted_rand_score(group, labels) == 1.0
-    [random] = partition_bricks(net, GROUPS, method="random").labels.values()
+    [random] = partition_bricks(net, GROUPS, method="random", seed=1).labels.values()
     assert adjusted_rand_score(group, random) < 0.2
 
 
@@ -124,8 +126,8 @@ def test_the_graph_by_hand() -> None:
     a = torch.tensor([[0.5, 3.0, 0.0], [2.0, 0.25, 1.0]])
     joint = coactivation(site, a)
     assert joint.tolist() == [[0, 1.5, 1], [1.5, 0, 0.25], [1, 0.25, 0]]
-    # Percentiles of the nine entries: the 10th to 30th are 0 (four zeros), the 40th lies between 0 and 0.25.
-    assert edge_threshold(joint) == pytest.approx(0.99 * np.percentile(joint.numpy(), 40))
+    # Of nine entries three are zero: the 10th and 20th percentiles are 0, the 30th lies between 0 and 0.25.
+    assert edge_threshold(joint) == pytest.approx(0.99 * np.percentile(joint.numpy(), 30))
     assert edge_threshold(torch.zeros(3, 3)) == float("inf")
 
 
@@ -198,9 +200,13 @@ def test_a_smaller_model_is_the_model_with_the_others_at_zero(name: str) -> None
         assert torch.equal(model(ids()).logits, dense), "the model that was given has been changed"
         whole = extract(model, parts, {first.name: range(6), second.name: range(6)}).model
         torch.testing.assert_close(whole(ids()).logits, dense, rtol=1e-6, atol=1e-6)
-        none: Any = extract(model, parts, {first.name: []})
-        with ablated(model, {first.name: torch.arange(first.width)}):
-            torch.testing.assert_close(none.model(ids()).logits, model(ids()).logits, rtol=1e-5, atol=1e-5)
+        if name == "gpt2":
+            with pytest.raises(ValueError, match="keep one brick"):
+                extract(model, parts, {first.name: []})
+        else:
+            none: Any = extract(model, parts, {first.name: []})
+            with ablated(model, {first.name: torch.arange(first.width)}):
+                torch.testing.assert_close(none.model(ids()).logits, model(ids()).logits, rtol=1e-5, atol=1e-5)
     assert [site.width for site in find_sites(changes.model)] == [16, 8]
     assert sum(p.numel() for p in changes.model.parameters()) < sum(p.numel() for p in model.parameters())
 
@@ -250,14 +256,14 @@ def test_predictivity_by_hand() -> None:
     net, functions = two_functions()
     found = functionality(net, functions)
     p = found.predictivity["0"]
-    assert p[:, :2].tolist() == [[1, 1], [1, 1]], "a perfect separator, whichever way it points"
-    assert p[:, 3].tolist() == [0.5, 0.5], "a constant says nothing"
-    assert found.ap["0"][0, 0] == 1
+    torch.testing.assert_close(p[:, :2], torch.ones(2, 2, dtype=torch.float64))  # whichever way it points
+    torch.testing.assert_close(p[:, 3], torch.full((2,), 0.5, dtype=torch.float64))  # a constant says nothing
+    assert float(found.ap["0"][0, 0]) == pytest.approx(1)
     assert found.ap["0"][0, 1] < 0.6
     assert found.ranking("ap")["0"][:, 0].tolist() == [0, 1]
     assert found.score("difference")["0"][0, 0] > 0.5 > found.score("difference")["0"][0, 2].abs()
     assert found.score("ratio")["0"][0].tolist() == pytest.approx([1, 0, 0.5, 0])
-    assert found.best()["0"].tolist() == [1, 1]
+    assert found.best()["0"].tolist() == pytest.approx([1, 1])
     flipped = functionality(net, dict(reversed(functions.items()))).predictivity["0"]
     torch.testing.assert_close(flipped, p.flip(0))
     with pytest.raises(ValueError, match="expected one of"):
@@ -355,6 +361,23 @@ def test_subfunctions_are_counted_together() -> None:
     assert int(tested.thresholds["0"][0, 0]) == binomial_threshold(GROUPS * EACH, EACH, 4 * EACH)
 
 
+def test_bricks_are_stabler_than_neurons_that_change_places() -> None:
+    net, group, functions = planted_functions()
+    found, parts = functionality(net, functions), partition_bricks(net, GROUPS)
+    same = stability(found, found, parts)
+    assert same.neurons["0"] == pytest.approx(1)
+    assert same.bricks["0"] == pytest.approx(1)
+    order = torch.arange(len(group))
+    for g in range(GROUPS):  # the neurons of each brick, moved on by one place
+        order[parts.labels["0"] == g] = order[parts.labels["0"] == g].roll(1)
+    moved = dataclasses.replace(found, ap={"0": found.ap["0"][:, order]}, negation={"0": found.negation["0"][:, order]})
+    other = stability(found, moved, parts)
+    assert other.bricks["0"] == pytest.approx(1)
+    assert other.neurons["0"] < 0.999
+    with pytest.raises(ValueError, match="same functions"):
+        stability(found, functionality(net, {"0": functions["0"], "1": functions["1"]}), parts)
+
+
 def test_the_overlap_of_functions() -> None:
     net, _, functions = planted_functions()
     overlap = functionality(net, functions).overlap(1 / GROUPS, "ap")
@@ -441,6 +464,10 @@ def test_controls_are_as_many_and_as_active() -> None:
     assert any(not torch.equal(matched[n], matched_control(found, chosen, 4)[n]) for n in matched)
     with pytest.raises(ValueError, match="choose fewer"):
         matched_control(found, neurons_of(found, "low", 0.6), 0)
+    everywhere = neurons_of(found, None, 0.2, score="predictivity")
+    first = next(iter(everywhere))
+    mean = found.predictivity[first].mean(0)
+    assert set(everywhere[first].tolist()) == set(mean.argsort(descending=True, stable=True)[:9].tolist())
     with pytest.raises(ValueError, match="share of the neurons"):
         neurons_of(found, "low", 0.0)
     with pytest.raises(ValueError, match="expected one of"):

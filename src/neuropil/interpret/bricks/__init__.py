@@ -4,7 +4,7 @@ A feed-forward layer is a sum over its neurons, so any partition of them into br
 $$\mathrm{FFN}(x) = \sum_e \mathrm{FFN}_e(x) + b, \qquad \mathrm{FFN}_e(x) = \sum_{i \in B_e} w^{down}_i h_i(x).$$
 Bricks that emerge in training are found by `partition_bricks`; `functionality` says how well each neuron tells one
 function from others, `functional_bricks` tests whether the neurons of a function crowd into few bricks, and
-`pruning_matrix` whether a function's neurons matter for it and for no other.
+`pruning_matrix` whether a function's neurons matter for it and for no other; `stability` compares checkpoints.
 
 >>> import torch
 >>> from torch import nn
@@ -55,7 +55,7 @@ from neuropil.interpret.bricks.merging import merge_bricks
 from neuropil.interpret.bricks.partition import Partition, partition_bricks
 from neuropil.interpret.bricks.routing import Cosine, MLPSelector, Oracle, choose, collect, route
 from neuropil.interpret.bricks.slots import brick_outputs, extract, keep_neurons
-from neuropil.interpret.bricks.testing import BrickTest, functional_bricks
+from neuropil.interpret.bricks.testing import BrickTest, Stability, functional_bricks, stability
 from neuropil.interpret.bricks.updating import edit_brick, grow, shrink, updating
 
 __all__ = [
@@ -71,6 +71,7 @@ __all__ = [
     "Oracle",
     "Partition",
     "PruningMatrix",
+    "Stability",
     "ablated",
     "average_precision",
     "brick_columns",
@@ -97,5 +98,6 @@ __all__ = [
     "random_control",
     "route",
     "shrink",
+    "stability",
     "updating",
 ]

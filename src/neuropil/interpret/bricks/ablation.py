@@ -162,18 +162,18 @@ def pruning_matrix(
 
 
 def neurons_of(
-    found: Functionality, function: str, share: float, *, score: str = "ap", parts: Partition | None = None
+    found: Functionality, function: str | None, share: float, *, score: str = "ap", parts: Partition | None = None
 ) -> dict[str, Int[Tensor, " _"]]:
-    """The share of each site's neurons that score highest for a function.
+    """The share of each site's neurons that score highest for a function; for None, on average over all functions.
 
     With a partition, whole bricks: those of the highest mean score, as many as come nearest to the share.
     Scores of several sub-functions are averaged. Raises ValueError for an unknown function or a share outside (0, 1].
     """
-    if function not in found.functions:
+    if function is not None and function not in found.functions:
         raise ValueError(f"function {function!r}: expected one of {', '.join(found.functions)}")
     if not 0 < share <= 1:
         raise ValueError(f"share={share}: expected a share of the neurons in (0, 1]")
-    rows = [i for i, name in enumerate(found.names) if name.partition("/")[0] == function]
+    rows = [i for i, name in enumerate(found.names) if function in (None, name.partition("/")[0])]
     chosen = {}
     if parts is None and len(rows) == 1:
         order = found.ranking(score)

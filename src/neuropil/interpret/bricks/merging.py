@@ -9,7 +9,7 @@ r"""Merge bricks, or whole models: one set of parameters that does the work of s
 The functions take dictionaries of tensors (`state_dict`s); `merge_bricks` takes bricks.
 
 Sources: task arithmetic, G. Ilharco et al. 2023, arXiv:2212.04089; TIES, P. Yadav et al. 2023, arXiv:2306.01708, which
-keeps 0.2 of the entries; here of each tensor by itself, as the usual libraries do.
+keeps 0.2 of the entries; here of each tensor by itself, as the usual libraries do. Weights count in the vote, too.
 """
 
 from __future__ import annotations

@@ -267,6 +267,7 @@ def route(
     selector = selector or Oracle(model, parts)
     slots, left = find_slots(model, list(parts.labels))
     routing, rows = Routing(left=left), [1]
+    writers: dict[int, _Slot] = {}
 
     def count_rows(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         rows[0] = tensors({str(i): x for i, x in enumerate([*args, *kwargs.values()])})[0].shape[0]
@@ -278,7 +279,7 @@ def route(
             if level == "instruction" and fixed is None:
                 continue
             choice = _choice(slot.site, parts, keep, level, selector, rows, fixed)
-            _Slot(slot, parts, choice, routing, stack)
+            _Slot(slot, parts, choice, routing, stack, writers)
         yield routing
 
 
@@ -303,14 +304,16 @@ class _Slot:
     """Puts its own forward into the modules of a site while the stack is open."""
 
     def __init__(
-        self, slot: Slot, parts: Partition, choice: Callable[[Tensor], Tensor], routing: Routing, stack: ExitStack
-    ) -> None:
+        self, slot: Slot, parts: Partition, choice: Callable[[Tensor], Tensor], routing: Routing, stack: ExitStack,
+        writers: dict[int, _Slot],
+    ) -> None:  # fmt: skip
         self.slot, self.choice, self.routing, self.stack = slot, choice, routing, stack
         self.neurons = [mask.nonzero()[:, 0] for mask in parts.members(slot.site.name)]
         self.active: Tensor | None = None
         self.weights: dict[Any, tuple[Tensor, Tensor, Tensor | None]] = {}  # what was gathered, for the next pass
         for module, weights in slot.readers:
-            self._replace(module, partial(self.read, module, weights))
+            self._replace(module, partial(self.read, module, weights, writers.get(id(module))))
+        writers[id(slot.write)] = self
         self._replace(slot.write, partial(self.write, slot.write))
 
     def _replace(self, module: Any, forward: Callable[[Tensor], Tensor]) -> None:
@@ -320,9 +323,9 @@ class _Slot:
             module.__dict__.__setitem__, "forward", before)  # fmt: skip
         self.stack.callback(undo)
 
-    def read(self, module: Any, weights: list[Any], x: Tensor) -> Tensor:
-        """The chosen neurons' outputs, zero elsewhere."""
-        flat = x.flatten(0, -2)
+    def read(self, module: Any, weights: list[Any], writer: _Slot | None, x: Tensor) -> Tensor:
+        """The chosen neurons' outputs, zero elsewhere; `writer` is the site that writes by this very matrix, if any."""
+        flat = x.flatten(0, -2) if writer is None else writer.masked(x.flatten(0, -2))
         if self.active is None:
             self.active = self.choice(flat)
             dense = len(flat) * self.active.shape[1]
@@ -351,6 +354,15 @@ class _Slot:
             out = out + found if tokens is None else out.index_add(0, tokens, found)
         self.active = None
         return out.unflatten(0, h.shape[:-1])
+
+    def masked(self, flat: Tensor) -> Tensor:
+        """The activations with those of bricks that were left out at zero."""
+        assert self.active is not None, "a layer wrote before it read"
+        mask = torch.zeros(len(self.active), flat.shape[1], dtype=torch.bool)
+        for brick, neurons in enumerate(self.neurons):
+            mask[:, neurons] = self.active[:, brick : brick + 1]
+        self.active = None
+        return flat * mask
 
     def _groups(self) -> Iterator[tuple[Tensor | None, tuple[int, ...]]]:
         """Which tokens (None: all) take which bricks: one brick at a time, or one set where all tokens share it."""

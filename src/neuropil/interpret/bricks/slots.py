@@ -60,7 +60,8 @@ def find_slots(model: nn.Module, names: Sequence[str] | None = None) -> tuple[li
         weight = getattr(module, "weight", None)
         if isinstance(weight, Tensor) and weight.dim() > 1 and name not in touched:
             left.setdefault(name, "it belongs to no layer of neurons")
-    return slots, left
+    # In a chain of layers a matrix that one site writes by is what the next one reads by.
+    return slots, {name: reason for name, reason in left.items() if name not in touched}
 
 
 def _owner(model: nn.Module, weight: Weight) -> nn.Module:
@@ -124,8 +125,9 @@ def places(weights: Sequence[Weight], neurons: Int[Tensor, " kept"]) -> Int[Tens
 def extract(model: nn.Module, parts: Partition, bricks: Mapping[str, Sequence[int] | Tensor]) -> Changes:
     """A copy with these bricks alone at each named site, in really smaller matrices; other sites stay whole.
 
-    With no brick a site gives the bias of its output. What the copy computes is what the model does with the other
-    neurons at zero. Raises KeyError for a site without bricks, ValueError for a brick that is not there.
+    With no brick a site gives the bias of its output (not a Conv1D of transformers: ValueError). What the copy computes
+    is what the model does with the other neurons at zero. Raises KeyError for a site without bricks, ValueError for a
+    brick that is not there.
 
     >>> from neuropil.interpret.bricks import partition_bricks
     >>> net = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 2))
@@ -150,6 +152,8 @@ def keep_neurons(model: nn.Module, neurons: Mapping[str, Int[Tensor, " kept"]]) 
 @torch.no_grad()
 def _narrow(module: Any, axis: int, kept: Tensor, reads: bool) -> None:
     """Only these rows (of a module that reads, with its bias) or columns, in place."""
+    if not len(kept) and type(module).__name__ == "Conv1D":
+        raise ValueError("a Conv1D of transformers cannot be without neurons; keep one brick, or leave the site out")
     kept = kept.to(module.weight.device)
     module.weight = nn.Parameter(module.weight.index_select(axis, kept), module.weight.requires_grad)
     if reads and getattr(module, "bias", None) is not None:

@@ -123,6 +123,31 @@ def functional_bricks(
     return BrickTest(found.functions, counts, thresholds, expected, control)
 
 
+@dataclass(frozen=True)
+class Stability:
+    """By site, the correlation of predictivity between two models, neuron by neuron and brick by brick."""
+
+    neurons: dict[str, float]
+    bricks: dict[str, float]
+
+
+def stability(first: Functionality, second: Functionality, parts: Partition) -> Stability:
+    """How alike two models of one architecture (two checkpoints of one training, say) use their neurons and bricks.
+
+    In training the bricks are said to settle before the neurons. Correlations are taken over the functions and neurons
+    of a site, or over functions and the mean predictivity of its bricks. Raises ValueError for other functions.
+    """
+    if first.names != second.names:
+        raise ValueError(f"two models must be scored on the same functions, not {first.names} and {second.names}")
+    neurons, bricks = {}, {}
+    for site, labels in parts.labels.items():
+        pair = torch.stack([each.predictivity[site] for each in (first, second)])
+        means = torch.zeros(*pair.shape[:2], parts.counts[site], dtype=pair.dtype).index_add_(2, labels, pair)
+        neurons[site] = float(torch.corrcoef(pair.flatten(1))[0, 1])
+        bricks[site] = float(torch.corrcoef((means / parts.sizes(site)).flatten(1))[0, 1])
+    return Stability(neurons, bricks)
+
+
 def _counts(labels: Tensor, top: Tensor, groups: list[int], bricks: int) -> Int[Tensor, "draws functions bricks"]:
     """How many of each function's best neurons lie in each brick, for many labellings at once."""
     where = labels[:, top]  # draws, sub-functions, top

@@ -91,6 +91,10 @@ def updating(
 
 
 def _open(module: Any, name: str, index: Tensor, axis: int, held: list[tuple[Any, str]]) -> None:
+    if parametrize.is_parametrized(module, name):
+        raise ValueError(
+            "one of these layers reads the weight by which another writes; update them one after the other"
+        )
     rows = Rows(getattr(module, name), index, axis)
     parametrize.register_parametrization(module, name, rows, unsafe=True)
     held.append((module, name))
