@@ -2,6 +2,9 @@
 
     python docs/screenshots.py ATLAS [--out docs/images] [--model NAME]
 
+The pictures are those of a language model's atlas, or, where ATLAS is of a vision model, of its table, a neuron, its
+bricks and its diagram.
+
 Serves the atlas on this machine, looks at it in a headless Chromium (the system's, driven by playwright) and writes
 PNG files. Nothing is drawn by hand and nothing comes from the network. The pages with live features load the model.
 """
@@ -72,6 +75,51 @@ def strongest(atlas: Path) -> tuple[str, str, float]:
     if not rows:
         raise SystemExit(f"{atlas} has no specialised neuron to show")
     return rows[0]["neuron"], rows[0]["label"], round(float(rows[0]["value"]) / 4, 1)
+
+
+def sees(atlas: Path) -> bool:
+    """Whether the atlas is of a vision model."""
+    from neuropil.atlas import Atlas
+
+    with Atlas.open(atlas) as opened:
+        return "exemplar_images" in opened.columns
+
+
+def vivid(atlas: Path) -> str:
+    """A neuron of a vision model worth showing: it has regions, and one class or its description tells it best."""
+    from neuropil.atlas import Atlas
+
+    with Atlas.open(atlas) as opened:
+        known = opened.columns
+        order = [
+            f"{name} DESC NULLS LAST" for name in ("description_score", "selectivity", "ablation") if name in known
+        ]
+        rows = opened.query(
+            "SELECT neuron FROM neurons WHERE NOT dead AND activation_max > threshold AND sparsity < 0.99 "
+            "AND NOT list_contains(exemplar_masks, repeat('f', 196)) "
+            f"ORDER BY {', '.join([*order, 'site DESC', 'index'])}",
+            limit=1,
+        ).to_pylist()
+    if not rows:
+        raise SystemExit(f"{atlas} has no neuron with regions to show")
+    return str(rows[0]["neuron"])
+
+
+def vision_shots(neuron: str) -> list[tuple[str, str, tuple[int, int], bool, bool, Callable[[Any], None]]]:
+    """name, address, size, dark, whole page, what to do first."""
+    return [
+        ("vision-table", "/", DESK, False, False, at_rest),
+        ("vision-neuron", f"/neuron/{neuron}", DESK, False, True, at_rest),
+        ("vision-neuron-phone", f"/neuron/{neuron}", PHONE, True, False, at_rest),
+        ("bricks", "/bricks", DESK, False, False, at_rest),
+        ("diagram", "/diagram", DESK, False, False, drawn),
+        ("diagram-dark", "/diagram?depth=2", DESK, True, False, drawn),
+    ]
+
+
+def drawn(page: Any) -> None:
+    page.locator("#drawing svg.np-diagram").wait_for(timeout=PATIENCE)
+    at_rest(page)
 
 
 def at_rest(page: Any) -> None:
@@ -150,7 +198,8 @@ def main() -> None:
     wanted = set(given.only.split(",")) if given.only else None
     with serving(given.atlas, given.model) as url, sync_playwright() as play:
         browser = play.chromium.launch(executable_path=chromium, args=FLAGS)
-        for name, path, (width, height), dark, whole, act in shots(*strongest(given.atlas)):
+        wanted_shots = vision_shots(vivid(given.atlas)) if sees(given.atlas) else shots(*strongest(given.atlas))
+        for name, path, (width, height), dark, whole, act in wanted_shots:
             if wanted and name not in wanted:
                 continue
             context = browser.new_context(

@@ -65,13 +65,20 @@ def find(atlas: Atlas, words: str, limit: int, by: str) -> pa.Table:
     columns = atlas.columns
     lists = [c for c, t in columns.items() if t == "VARCHAR[]" and _TOKENS.match(c)]
     label = columns.get("label") == "VARCHAR"
-    if not lists and not label:
-        raise AtlasError(f"{atlas.path} has no labels or tokens to search; run `neuropil atlas` to decode the model")
-    by_token = _by_token(atlas, terms, lists, label, limit) if by != "meaning" else []
+    described = not lists and not label and columns.get("description") == "VARCHAR"
+    if not lists and not label and not described:
+        raise AtlasError(
+            f"{atlas.path} has no labels, tokens or descriptions to search; run `neuropil atlas` to decode a language "
+            "model, `neuropil describe` for a vision model"
+        )
+    by_token: list[dict[str, Any]] = []
+    if by != "meaning":
+        by_token = _by_word(atlas, terms, limit) if described else _by_token(atlas, terms, lists, label, limit)
     by_meaning, note = [], ""
     if by == "meaning" or (by == "both" and meaning.available()):
         seen = {row["neuron"] for row in by_token}
-        by_meaning = _by_meaning(atlas, words, lists, limit, seen) if label else []
+        text = "description" if described else "label"
+        by_meaning = _by_meaning(atlas, words, lists, limit, seen, text) if label or described else []
     elif by == "both":
         note = (
             "by token only: searching by meaning needs the sentence model; "
@@ -151,6 +158,20 @@ def _by_token(atlas: Atlas, terms: list[str], lists: list[str], label: bool, lim
     return rows
 
 
+def _by_word(atlas: Atlas, terms: list[str], limit: int) -> list[dict[str, Any]]:
+    """Neurons of a vision model whose descriptions hold the most of the words; of equals the surer first."""
+    hits = " + ".join(f"contains(lower(description), $w{i})::INT" for i in range(len(terms)))
+    sure = ", description_score DESC NULLS LAST" if "description_score" in atlas.columns else ""
+    sql = (
+        f"SELECT {_chosen(atlas, [])}, description FROM (SELECT *, {hits} AS _hits FROM neurons) WHERE _hits > 0 "
+        f"ORDER BY _hits DESC{sure}, site, index"
+    )
+    rows = atlas.query(sql, {f"w{i}": term.lower() for i, term in enumerate(terms)}, limit=limit).to_pylist()
+    for row in rows:
+        row |= {"label": row["description"], "match": "token", "found": "description", "tokens": None}
+    return rows
+
+
 def _strings(atlas: Atlas, lists: list[str], label: bool) -> list[str]:
     """Every text that may stand in a label or a list of tokens."""
     sources = ["SELECT token AS t FROM vocabulary"]
@@ -174,8 +195,11 @@ def _shown(row: dict[str, Any], lists: list[str], holding: list[str]) -> list[st
 # ---------------------------------------------------------------------------------------------- by meaning
 
 
-def _by_meaning(atlas: Atlas, words: str, lists: list[str], limit: int, seen: set[str]) -> list[dict[str, Any]]:
-    sql = "SELECT DISTINCT label FROM neurons WHERE label <> '' ORDER BY label"
+def _by_meaning(
+    atlas: Atlas, words: str, lists: list[str], limit: int, seen: set[str], text: str
+) -> list[dict[str, Any]]:
+    """`text` is the column whose meaning is compared."""
+    sql = f"SELECT DISTINCT {text} AS label FROM neurons WHERE {text} <> '' ORDER BY label"
     labels = [str(t) for t in atlas.query(sql)["label"].to_pylist() if _WORD.search(t)]
     if not labels:
         return []
@@ -186,16 +210,16 @@ def _by_meaning(atlas: Atlas, words: str, lists: list[str], limit: int, seen: se
         return []
     specialised = "specialised DESC NULLS LAST, " if "specialised" in atlas.columns else ""
     rows = atlas.query(
-        f"SELECT {_chosen(atlas, lists)}, w.similarity FROM neurons JOIN "
+        f"SELECT {_chosen(atlas, lists)}, {text} AS _text, w.similarity FROM neurons JOIN "
         "(SELECT unnest($labels::VARCHAR[]) AS _label, unnest($likeness::FLOAT[]) AS similarity) w "
-        "ON w._label = label "
+        f"ON w._label = {text} "
         f"ORDER BY {specialised} round(w.similarity, 3) DESC, {_order(atlas)}",
         {"labels": list(near), "likeness": list(near.values())},
         limit=limit + len(seen),
     ).to_pylist()
     rows = [row for row in rows if row["neuron"] not in seen]
     for row in rows:
-        row |= {"match": "meaning", "found": "label", "tokens": _shown(row, lists, [])}
+        row |= {"label": row["_text"], "match": "meaning", "found": text, "tokens": _shown(row, lists, [])}
     return rows[:limit]
 
 

@@ -132,11 +132,24 @@ class Reader:
             if reading is None:
                 continue
             out = self.tap_out(op, run)
-            node = self.seen.op_nodes[k]
+            tap, node = self.normalised(k, out)
             formula = Formula.of(self.seen, node, {"up": (k, 0, 1, run.width)})
-            extra.append(Site(op.module, 0, 0, run.width, "conv", {"up": reading}, None, out, {"up": out},
+            extra.append(Site(op.module, 0, 0, run.width, "conv", {"up": reading}, None, tap, {"up": out},
                               _activation([op]), formula))  # fmt: skip
         return extra
+
+    def normalised(self, k: int, out: Tap) -> tuple[Tap, int]:
+        """Where what a filter gives to others passes (and its node): out of the norm after it, if it has one.
+
+        Before the norm a map may have the other sign.
+        """
+        op, best = self.seen.ops[k], (out, self.seen.op_nodes[k])
+        for module, (value, rank, _) in self.seen.outputs.items():
+            own = len(value.streams) == 1 and value.streams[0].op == k and not value.streams[0].nonlinear
+            own = own and value.node not in self.seen.bordered and not value.foreign and value.node > best[1]
+            if own and module and rank == op.rank and value.streams[0].index.shape[1 - rank] == op.out_features:
+                best = Tap(self.outer(module), "output", 1 - rank), value.node
+        return best
 
     # weights
 
@@ -206,11 +219,15 @@ class Reader:
         names = {o.weight.name for o, _ in roles.values()}
         if self.expert_count(op) > 1:  # a module would show the tokens of all its experts
             return self.by_weight(op, "argument", _Run(0, 1, roles["up"][1].width)), op.read.node
+        bordered = op.read.node in self.seen.bordered  # what was padded is seen before that, without its border
         places = [(op.module, "input", self.seen.inputs)] if alone else []
-        places += [(m, "output", self.seen.outputs) for m in self.seen.outputs] if block > 1 or not alone else []
+        if block > 1 or not alone or bordered:
+            places += [(m, "output", self.seen.outputs) for m in self.seen.outputs]
         for module, side, table in places:
             value = table[module][0] if module in table else None
             if value is None or value.foreign or len(value.streams) != len(op.read.streams):
+                continue
+            if value.node in self.seen.bordered:
                 continue
             streams = value.streams
             same = {self.seen.ops[s.op].weight.name for s in streams} == names and all(s.nonlinear for s in streams)

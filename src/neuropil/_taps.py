@@ -71,9 +71,10 @@ def _hook(module: nn.Module, tap: Tap, width: int, act: Act) -> Any:
         return None if changed is None else ((changed, *args[1:]), kwargs)
 
     def after(_: nn.Module, __: Any, out: Any) -> Any:
-        changed = _change(out[0] if isinstance(out, tuple) else out, tap, width, act)
-        if changed is None:
-            return None
+        whole = out[0] if isinstance(out, tuple) else out
+        changed = _change(whole, tap, width, act)
+        if changed is None:  # what was seen must stay as it was, and what follows may overwrite its input
+            changed = whole.clone()
         return (changed, *out[1:]) if isinstance(out, tuple) else changed
 
     if tap.side == "input":

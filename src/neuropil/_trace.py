@@ -157,6 +157,7 @@ class Trace(TorchDispatchMode):
         self.scaled: set[int] = set()
         self.before: dict[int, Value] = {}
         self.padded: dict[int, tuple[int, tuple[int, ...]]] = {}
+        self.bordered: set[int] = set()  # nodes that have a border of constants
         self.by_node: dict[int, Value] = {}
 
     # -- values
@@ -283,6 +284,8 @@ class Trace(TorchDispatchMode):
 
     def move(self, func: Any, args: Any, kwargs: Any, out: Any, source: Value) -> None:
         def moved(stream: Stream) -> list[Tensor]:
+            if func is aten.constant_pad_nd.default and (padded := _widened(stream.index, args[1])) is not None:
+                return [padded]
             try:
                 result = func(stream.index, *args[1:], **kwargs)
             except RuntimeError:  # a view that the expanded index does not allow
@@ -297,6 +300,8 @@ class Trace(TorchDispatchMode):
             ]
             self.mark(o, Value(streams, source.foreign, source.scale))
             self.steps[self.values[id(o)].node] = source.node
+            if func is aten.constant_pad_nd.default and any(args[1]):
+                self.bordered.add(self.values[id(o)].node)
 
     def reduce(self, func: Any, name: str, args: Any, kwargs: Any, outs: list[Tensor]) -> None:
         source = self.value(args[0])
@@ -475,6 +480,20 @@ def flat(tree: Any) -> list[Any]:
 
 def _copy(streams: list[Stream]) -> list[Stream]:
     return [Stream(s.op, s.index, s.nonlinear, s.gate, s.bends) for s in streams]
+
+
+def _widened(index: Tensor, padding: list[int]) -> Tensor | None:
+    """The numbers of the outputs after padding in places alone: the border of a feature map is that map's as well."""
+    for k, (before, after) in enumerate(zip(padding[::2], padding[1::2], strict=True)):
+        dim = index.dim() - 1 - k
+        if before == after == 0:
+            continue
+        if before < 0 or after < 0 or not _constant(index, dim):
+            return None
+        size = list(index.shape)
+        size[dim] += before + after
+        index = index.narrow(dim, 0, 1).expand(size)
+    return index
 
 
 def _constant(index: Tensor, dim: int) -> bool:

@@ -18,7 +18,7 @@ import atlas_factory
 
 from neuropil.atlas import Atlas
 from neuropil.explorer import create_app
-from neuropil.models import Model, load
+from neuropil.models import ImageInput, Model, load
 
 EVIL = "<script>document.title='owned'</script>"
 IMAGE = '"><img src=x onerror="document.title=\'owned\'">'
@@ -96,6 +96,87 @@ def model(model_folder: Path) -> Model:
 @pytest.fixture(scope="session")
 def atlas_path(tmp_path_factory: pytest.TempPathFactory, model: Model) -> Path:
     return build(tmp_path_factory.mktemp("atlas") / "tiny", model)
+
+
+EVIL_NAME = '"><svg onload="document.title=\'owned\'">.png'
+
+
+def seen_columns(site: Any) -> dict[str, Any]:
+    """What other commands add to a vision atlas: a description and a brick, with markup where someone may put it."""
+    said = [f"sleeves and edges {i % 3}" for i in range(site.width)]
+    if site.number == 0:
+        said[1] = EVIL
+    return {
+        "description": said,
+        "description_score": [float(i) / 4 for i in range(site.width)],
+    }
+
+
+def brick_columns(site: Any) -> dict[str, Any]:
+    bricks = [i * 4 // site.width for i in range(site.width)]
+    serves = {0: "footwear", 1: EVIL}
+    return {"brick": bricks, "brick_function": [serves.get(b) if site.number else None for b in bricks]}
+
+
+@pytest.fixture(scope="session")
+def seeing() -> Model:
+    """A small network that was shown some clothes, or digits where Fashion-MNIST is not installed."""
+    from neuropil.data import image_set
+    from neuropil.errors import MissingAsset
+
+    try:
+        images = image_set("fashion-mnist")
+    except MissingAsset:
+        images = image_set("digits")
+    side = images.train_x.shape[-1]
+    torch.manual_seed(0)
+    net = torch.nn.Sequential(
+        torch.nn.Conv2d(1, 8, 3, padding=1), torch.nn.ReLU(), torch.nn.MaxPool2d(2),
+        torch.nn.Conv2d(8, 12, 3, padding=1), torch.nn.ReLU(), torch.nn.MaxPool2d(2),
+        torch.nn.Flatten(), torch.nn.Linear(12 * (side // 4) ** 2, 16), torch.nn.ReLU(), torch.nn.Linear(16, 10),
+    )  # fmt: skip
+    optimizer = torch.optim.AdamW(net.parameters(), 3e-3)
+    for x, y in zip(images.train_x[:6400].split(64), images.train_y[:6400].split(64), strict=True):
+        optimizer.zero_grad()
+        torch.nn.functional.cross_entropy(net(x), y).backward()
+        optimizer.step()
+    with torch.no_grad():  # a dead neuron
+        net[3].weight[5], net[3].bias[5] = 0.0, -1.0
+    net.eval()
+    model = load(net)
+    model.name = "clothes"
+    model.image_input = ImageInput(1, (side, side))
+    return model
+
+
+@pytest.fixture(scope="session")
+def seen_path(tmp_path_factory: pytest.TempPathFactory, seeing: Model) -> Path:
+    import pyarrow as pa
+
+    from neuropil.build import build_atlas
+    from neuropil.data import Probe, probe
+
+    assert seeing.image_input is not None
+    assert seeing.image_input.size is not None
+    side = seeing.image_input.size[0]
+    images = probe("fashion-mnist" if side == 28 else "digits", 1, (side, side), limit=200)
+    names = (EVIL_NAME, *images.names[1:])
+    path = tmp_path_factory.mktemp("atlas") / "clothes"
+    shown = Probe(images.name, images.pixels, names, images.labels, images.classes)
+    build_atlas(seeing, path, progress=False, images=shown)
+    with Atlas.open(path, write=True) as atlas:
+        atlas.add("milan", seen_columns, progress=False)
+        types = {"brick": pa.int32(), "brick_function": pa.string()}
+        atlas.add("bricks", brick_columns, types=types, progress=False)
+    return path
+
+
+@pytest.fixture(scope="session")
+def vision(seen_path: Path) -> Iterator["Serving"]:
+    """The explorer of a vision atlas whose model is not to be had: pictures and diagram come from the atlas alone."""
+    serving = Serving(create_app(seen_path, model="/nowhere/to/be/found"))
+    yield serving
+    serving.stop()
 
 
 class Serving:

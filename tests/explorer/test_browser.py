@@ -458,3 +458,154 @@ def test_without_a_model_the_rest_works(visit: Visit, modelless: Any) -> None:
     page.goto(modelless.url + "/")
     assert len(addresses(page)) == 60
     expect(page.locator("#verdict")).to_have_count(0)
+
+
+# ------------------------------------------------------------------------------------------- a vision model
+
+EVERY_VISION_PAGE = [
+    "/", "/neuron/0:1", "/neuron/1:5", "/map?column=preferred_class", "/bricks?site=1", "/diagram", "/playground",
+    "/sql?sql=DESCRIBE+neurons",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("path", EVERY_VISION_PAGE)
+@pytest.mark.parametrize("phone", [False, True])
+def test_a_vision_page_fits_its_screen_and_runs_no_markup(visit: Visit, vision: Any, path: str, phone: bool) -> None:
+    page = visit(path, phone=phone, dark=phone, at=vision)
+    at_rest(page)
+    wide = page.evaluate("[document.documentElement.scrollWidth, document.documentElement.clientWidth]")
+    assert wide[0] <= wide[1], f"{path} scrolls sideways: {wide}"
+    assert page.title() != "owned"
+    assert page.locator("h1").count() == 1
+    assert page.locator("main script, main style, main svg svg").count() == 0
+    broken = page.evaluate("[...document.images].filter(e => e.complete && !e.naturalWidth).map(e => e.src)")
+    assert broken == []
+
+
+@pytest.mark.parametrize("dark", [False, True])
+def test_the_pictures_that_drive_a_neuron_are_lit_where_they_do(visit: Visit, vision: Any, dark: bool) -> None:
+    page = visit("/neuron/1:2", dark=dark, at=vision)
+    at_rest(page)
+    pictures = page.locator(".pictures img")
+    expect(pictures).to_have_count(15)
+    pictures.last.scroll_into_view_if_needed()
+    at_rest(page)
+    light = page.evaluate(
+        """async () => {
+      const made = [];
+      for (const e of [...document.querySelectorAll('.pictures img')].slice(0, 6)) {
+        const whole = new Image(); whole.src = e.parentElement.href; await whole.decode(); await e.decode();
+        const sum = (im) => { const c = document.createElement('canvas'); c.width = c.height = 56;
+          const g = c.getContext('2d'); g.drawImage(im, 0, 0, 56, 56);
+          return [...g.getImageData(0, 0, 56, 56).data].filter((_, i) => i % 4 === 0).reduce((a, b) => a + b, 0); };
+        made.push([sum(e), sum(whole), e.naturalWidth]);
+      }
+      return made;
+    }"""
+    )
+    for lit, whole, width in light:  # some of it is dimmed, not all, and it is drawn larger than it is kept
+        assert 0.15 * whole < lit < 0.95 * whole
+        assert width >= 168
+    peaks = [float(v) for v in page.locator(".pictures .figure").all_inner_texts()]
+    assert peaks == sorted(peaks, reverse=True)
+    expect(page.locator(".described")).to_contain_text("sleeves and edges 2")
+    assert "nats" in page.locator("section[aria-label='What it does']").inner_text()
+    assert page.locator("section[aria-label='How it answers'] .gauge").count() == 2
+    expect(page.locator("#alike li").first.locator("a.address")).to_have_text(re.compile(r"\d+:\d+"))
+    expect(page.get_by_role("button", name="shared images")).to_have_attribute("aria-pressed", "true")
+    whole = page.request.get(vision.url + str(page.locator(".pictures a").first.get_attribute("href")))
+    assert whole.headers["content-type"] == "image/png"
+
+
+def test_a_dead_neuron_says_so_and_shows_no_pictures(visit: Visit, vision: Any) -> None:
+    page = visit("/neuron/1:5", at=vision)
+    at_rest(page)
+    expect(page.locator(".chip.caution")).to_have_text("dead")
+    expect(page.locator(".exemplars")).to_contain_text("it is dead")
+    assert page.locator(".pictures").count() == 0
+
+
+def test_the_vision_table_shows_pictures_and_filters(visit: Visit, vision: Any) -> None:
+    page = visit("/", at=vision)
+    at_rest(page)
+    assert page.locator("#results td.k-images img").count() > 20
+    heads = page.locator("#results th").all_inner_texts()
+    assert {"neuron", "exemplar_images", "description", "preferred_class", "selectivity", "brick"} <= set(heads)
+    assert "exemplar_masks" not in page.locator(".chooser").inner_text()
+    page.select_option("#site", "1")
+    page.wait_for_url(re.compile("site=1"))
+    at_rest(page)
+    assert {a.split(":")[0] for a in addresses(page)} == {"1"}
+    page.locator("#q").fill("edges 2")
+    page.wait_for_url(re.compile("q=edges"))
+    at_rest(page)
+    assert addresses(page)[:2] == ["1:11", "1:8"]  # both words, the best description first
+    page.goto(vision.url + "/?dead=yes")
+    assert "1:5" in addresses(page)
+
+
+def test_the_vision_map_takes_a_class_as_a_colour(visit: Visit, vision: Any) -> None:
+    page = visit("/map", at=vision)
+    page.locator("#map[data-column=preferred_class]").wait_for()
+    names = page.locator("#legend button").all_inner_texts()
+    assert len(names) > 2
+    expect(page.locator("#sharenote")).to_have_text("Right: how each layer divides")
+    page.locator("#map").focus()
+    page.keyboard.press("ArrowRight")
+    page.keyboard.press("Enter")
+    page.wait_for_url(re.compile(r"/neuron/\d+:\d+"))
+
+
+def test_bricks_are_listed_with_their_function_and_lead_to_their_neurons(visit: Visit, vision: Any) -> None:
+    page = visit("/bricks?site=1", at=vision)
+    expect(page.locator(".bricklist li")).to_have_count(4)
+    first = page.locator(".bricklist li").first
+    assert re.search(r"3\s+neurons", first.inner_text())
+    serving = page.locator(".bricklist li.serving")
+    expect(serving).to_have_count(2)
+    assert "<script>" in serving.all_inner_texts()[0] + serving.all_inner_texts()[1]  # as text
+    page.get_by_role("link", name="Brick 0").click()
+    at_rest(page)
+    assert query(page) == {"site": ["1"], "brick": ["0"]}
+    assert addresses(page) == ["1:0", "1:1", "1:2"]
+    page.goto(vision.url + "/bricks?site=2&function=footwear")
+    expect(page.locator(".bricklist li")).to_have_count(1)
+    page.get_by_role("link", name="all neurons in bricks for footwear").click()
+    at_rest(page)
+    assert {a.split(":")[0] for a in addresses(page)} == {"1", "2"}
+    page.locator("a.address").first.click()
+    expect(page.locator(".chips")).to_contain_text("brick 0: footwear")
+
+
+@pytest.mark.parametrize("phone", [False, True])
+def test_the_diagram_leads_from_a_layer_to_its_neurons(visit: Visit, vision: Any, phone: bool) -> None:
+    page = visit("/diagram", phone=phone, dark=phone, at=vision)
+    drawing = page.locator("#drawing svg.np-diagram")
+    drawing.wait_for()
+    at_rest(page)
+    ink = page.evaluate("getComputedStyle(document.querySelector('.np-title')).fill")
+    light = sum(map(int, re.findall(r"\d+", ink)[:3])) > 500
+    assert light == phone  # its style sheet came, and goes by the reader's setting
+    links = page.evaluate("[...document.querySelectorAll('#drawing a')].map(e => e.getAttribute('href'))")
+    assert {"/?site=0", "/?site=1", "/?site=2"} <= set(links)
+    page.locator('#drawing a[href="/?site=1"]').first.click()
+    page.wait_for_url(re.compile("site=1"))
+    at_rest(page)
+    assert {a.split(":")[0] for a in addresses(page)} == {"1"}
+    page.go_back()
+    page.get_by_role("link", name="2", exact=True).click()
+    page.wait_for_url(re.compile("site=2"))
+
+
+def test_pages_without_anything_say_what_brings_it(visit: Visit, modelless: Any) -> None:
+    page = visit("/bricks", at=modelless)
+    expect(page.locator(".empty-page")).to_contain_text("neuropil bricks")
+    page = visit("/diagram", at=modelless)
+    expect(page.locator("#drawing")).to_contain_text("neuropil explore")
+
+
+def test_the_diagram_of_a_language_model_is_drawn_from_the_model(visit: Visit, server: Any) -> None:
+    page = visit("/diagram?fold=false&depth=2")
+    page.locator("#drawing svg.np-diagram").wait_for(timeout=60_000)
+    links = page.evaluate("[...document.querySelectorAll('#drawing a')].map(e => e.getAttribute('href'))")
+    assert {"/?site=0", "/?site=1", "/?site=2"} <= set(links)

@@ -14,6 +14,7 @@ from neuropil.cli.app import INTERRUPTED, app
 # Importing a module registers its commands.
 from neuropil.cli import (  # noqa: F401  isort: skip
     atlas,
+    bricks,
     clamp,
     compare,
     compress,

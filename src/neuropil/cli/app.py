@@ -36,6 +36,7 @@ ORDER = [
     "describe",
     "compare",
     "compress",
+    "bricks",
     "coverage",
     "diagram",
     "geometry",

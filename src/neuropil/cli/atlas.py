@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 PANEL = "The atlas"
 AtlasPath = Annotated[Path, typer.Argument(metavar="ATLAS", help="The folder of an atlas.")]
 ROLES = ("up", "gate", "down")
+GROUPS = ("decode", "causal", "activity", "exemplars", "ablation")
 
 
 def roles(text: str) -> tuple[str, ...]:
@@ -56,10 +57,14 @@ def read_prompts(path: Path | None) -> list[str] | None:
     "neuropil atlas                                  SmolLM2-135M, into atlases/smollm2",
     "neuropil atlas ./Llama-3.2-1B --no-causal       the labels alone, in a fraction of the time",
     "neuropil atlas model.gguf --out maps/model      a GGUF file",
+    "neuropil atlas efficientnet-lite0               a vision model, shown photographs",
+    "neuropil atlas ./resnet --images ./pictures     a vision checkpoint and your own images",
     "torchrun --nproc-per-node 2 -m neuropil atlas   the layers shared between two processes",
 )
 def atlas(
-    model: Annotated[str, typer.Argument(help="smollm2, a Hugging Face folder or name, or a GGUF file.")] = "smollm2",
+    model: Annotated[
+        str, typer.Argument(help="smollm2, efficientnet-lite0, a Hugging Face folder or name, or a GGUF file.")
+    ] = "smollm2",
     out: Annotated[
         Path | None,
         typer.Option("--out", "-o", help="The atlas's folder.", show_default="./atlases/<model name>"),
@@ -67,7 +72,8 @@ def atlas(
     weights: Annotated[str, typer.Option(help="The weights to decode.")] = "up,gate,down",
     top: Annotated[int, typer.Option(min=1, max=1000, help="Tokens kept for each weight.")] = 10,
     causal: Annotated[
-        bool, typer.Option("--causal/--no-causal", help="Clamp every neuron and measure its effect.")
+        bool,
+        typer.Option("--causal/--no-causal", help="Clamp (in a vision model: silence) neurons and measure the effect."),
     ] = True,
     prompts: Annotated[
         Path | None,
@@ -77,6 +83,14 @@ def atlas(
             metavar="FILE",
             help="Texts to measure effects on, one a line.",
             show_default="built in",
+        ),
+    ] = None,
+    images: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SET",
+            help="What a vision model is shown: photos, fashion-mnist, digits, or a folder of images.",
+            show_default="by its channels",
         ),
     ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Compute anew what the folder already has.")] = False,
@@ -94,12 +108,14 @@ def atlas(
     if main_rank() and (path / "manifest.json").exists():
         fate = "replaced" if overwrite else "kept"
         output.note(f"{path} is there ({_parts(path) or 'empty'}), and is {fate}")
-    options = _changed(weights, top, causal, prompts)
+    options = _changed(weights, top, causal, prompts, images)
+    if loaded.image_input is not None and _changed(weights, top, True, prompts):
+        raise typer.BadParameter(f"{model} takes images: --weights, --top and --prompts are of language models.")
     again = " ".join(["neuropil atlas", quoted(model), "--out", quoted(str(path)), *options])
     if main_rank():
         output.note(f"{loaded.name}: {loaded.parameters:,} parameters, {_neurons(loaded)} → {path}")
     with interruptible(lambda: _stopped(path, again)):
-        summary = build_atlas(loaded, path, which, top, causal, texts, progress=main_rank(), overwrite=overwrite)
+        summary = build_atlas(loaded, path, which, top, causal, texts, main_rank(), overwrite, images)
     if main_rank():
         output.as_json(summary.to_dict()) if as_json else summarise(summary, model)
 
@@ -108,12 +124,13 @@ def _neurons(model: Model) -> str:
     return f"{output.plural(sum(site.width for site in model.sites), 'neuron')} in {len(model.sites)} sites"
 
 
-def _changed(weights: str, top: int, causal: bool, prompts: Path | None) -> list[str]:
+def _changed(weights: str, top: int, causal: bool, prompts: Path | None, images: str | None = None) -> list[str]:
     """The options that were not left at their defaults, to be given again."""
     given = [] if weights == "up,gate,down" else ["--weights", quoted(weights)]
     given += [] if top == 10 else ["--top", str(top)]
     given += [] if causal else ["--no-causal"]
-    return given + ([] if prompts is None else ["--prompts", quoted(str(prompts))])
+    given += [] if prompts is None else ["--prompts", quoted(str(prompts))]
+    return given + ([] if images is None else ["--images", quoted(images)])
 
 
 def load_model(name: str) -> Model:
@@ -141,7 +158,7 @@ def _stopped(path: Path, again: str) -> str:
 
 def _parts(path: Path) -> str:
     """How many layers of each group are on disk."""
-    kept = {group: len(list((path / "parts" / group).glob("*.parquet"))) for group in ("decode", "causal")}
+    kept = {group: len(list((path / "parts" / group).glob("*.parquet"))) for group in GROUPS}
     return ", ".join(f"{group} {count}" for group, count in kept.items() if count)
 
 
@@ -153,6 +170,7 @@ def summarise(summary: Summary, model: str) -> None:
         rows["specialised"] = f"{summary.specialised:,}  ({output.share(summary.specialised, count)})"
     if summary.confirmed is not None:
         rows["causally confirmed"] = _confirmed(summary)
+    rows |= _seen(summary)
     if summary.seconds is not None:
         rows["time"] = duration(summary.seconds)
     rows["on disk"] = f"{size(summary.size)} in {summary.path}"
@@ -161,12 +179,27 @@ def summarise(summary: Summary, model: str) -> None:
     output.pairs(rows)
     output.say()
     output.say("Now try", style="bold")
-    for line in (
-        f"neuropil explore {path}",
-        f"neuropil find {path} dog",
-        f'neuropil query {path} "SELECT neuron, label, specialisation FROM neurons ORDER BY 3 DESC LIMIT 20"',
-    ):
+    asked = [f"neuropil find {path} dog"]
+    order = "SELECT neuron, label, specialisation FROM neurons ORDER BY 3 DESC LIMIT 20"
+    if summary.images is not None:
+        asked, order = [], "SELECT neuron, threshold, sparsity FROM neurons WHERE NOT dead ORDER BY 3 DESC LIMIT 20"
+    for line in (f"neuropil explore {path}", *asked, f'neuropil query {path} "{order}"'):
         output.say(f"  {line}")
+
+
+def _seen(summary: Summary) -> dict[str, str]:
+    """What the images told of a vision model."""
+    if summary.images is None:
+        return {}
+    rows = {"shown": output.plural(summary.images, "image")}
+    count = summary.neurons
+    if summary.dead is not None:
+        rows["dead"] = f"{summary.dead:,}  ({output.share(summary.dead, count)}): the same on every image"
+    if summary.selective is not None:
+        rows["selective"] = f"{summary.selective:,}  ({output.share(summary.selective, count)}): mostly one class"
+    if summary.ablated is not None:
+        rows["silenced"] = f"{summary.ablated:,}  ({output.share(summary.ablated, count)})"
+    return rows
 
 
 def _confirmed(summary: Summary) -> str:
@@ -294,7 +327,8 @@ def query(
 ) -> None:
     """Ask the atlas in SQL.
 
-    Its tables: neurons (a row a neuron), sites, vocabulary, and each group of columns (decode, causal).
+    Its tables: neurons (a row a neuron), sites, vocabulary, and each group of columns (decode, causal, or of a vision
+    model activity, exemplars, ablation).
     """
     from neuropil.atlas import Atlas
 

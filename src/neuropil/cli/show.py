@@ -15,6 +15,7 @@ from neuropil.cli.output import Column
 # What the page shows in its own place; every other column is listed below it by name.
 _PLACED = {"neuron", "site", "index", "layer", "module", "label", "label_sign", "label_from", "specialised"}
 _PLACED |= {"specialisation", "hub", "coherence", "label_token", "label_tokens", "null_percentile"}
+_PLACED |= {"exemplar_masks"}  # a picture of each, which the explorer draws
 _PLACED |= {"effect", "effect_se", "control", "control_se", "verdict", "confirmed", "prompts", "clamp_value"}
 
 
@@ -48,7 +49,8 @@ def show(
     _weights(row, top)
     _others(row)
     which = "" if model in ("", "smollm2") else f"{quoted(model)} "
-    output.hint(f"\nneuropil clamp {which}{row['neuron']}=30 --prompt '...'")
+    if "exemplar_images" not in row:
+        output.hint(f"\nneuropil clamp {which}{row['neuron']}=30 --prompt '...'")
     output.hint(f"neuropil explore {quoted(str(path))}")
 
 

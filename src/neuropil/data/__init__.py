@@ -6,6 +6,7 @@
 """
 
 from neuropil.data.images import Images, digits, fashion_mnist, image_set
+from neuropil.data.probes import Probe, probe
 from neuropil.data.texts import Texts, text
 
-__all__ = ["Images", "Texts", "digits", "fashion_mnist", "image_set", "text"]
+__all__ = ["Images", "Probe", "Texts", "digits", "fashion_mnist", "image_set", "probe", "text"]

@@ -10,6 +10,7 @@ from fastapi import Depends, FastAPI, Form, Request
 from fastapi.responses import HTMLResponse, JSONResponse, RedirectResponse, Response, StreamingResponse
 from fastapi.staticfiles import StaticFiles
 from fastapi.templating import Jinja2Templates
+from markupsafe import Markup
 from pydantic import BaseModel, Field
 from starlette.concurrency import iterate_in_threadpool
 from starlette.exceptions import HTTPException
@@ -17,8 +18,9 @@ from starlette.middleware.gzip import GZipMiddleware
 
 import neuropil
 from neuropil.errors import NeuropilError, QueryError, UnknownNeuron
-from neuropil.explorer import words
+from neuropil.explorer import pictures, words
 from neuropil.explorer.cells import ADDRESS, cells, heads
+from neuropil.explorer.drawing import DEPTHS, Drawings
 from neuropil.explorer.facts import Facts
 from neuropil.explorer.guard import Guard
 from neuropil.explorer.live import Live, NotReady, Run
@@ -44,6 +46,25 @@ EXAMPLES = (
     ),
     ("What can be asked", "DESCRIBE neurons"),
 )
+EXAMPLES_SEEN = (
+    (
+        "Most selective",
+        "SELECT neuron, preferred_class, selectivity, activation_max\nFROM neurons\nWHERE NOT dead\n"
+        "ORDER BY selectivity DESC NULLS LAST\nLIMIT 50",
+    ),
+    (
+        "Missed most",
+        "SELECT neuron, ablation, ablation_se, ablation_estimate\nFROM neurons\nWHERE ablation > 2 * ablation_se\n"
+        "ORDER BY ablation DESC\nLIMIT 50",
+    ),
+    (
+        "By layer",
+        "SELECT site, module, count(*) AS neurons, sum(dead::INT) AS dead, avg(sparsity) AS sparsity\n"
+        "FROM neurons\nGROUP BY ALL\nORDER BY site",
+    ),
+    ("What can be asked", "DESCRIBE neurons"),
+)
+OFTEN = {"Cache-Control": "private, max-age=60"}  # pictures: a page shows many, and an atlas may be made anew
 
 
 class RunRequest(BaseModel):
@@ -90,6 +111,8 @@ def build(path: Path, model: Any, hosts: list[str] | None) -> FastAPI:
     _map(app, facts, page)
     _neuron(app, facts, live, page)
     _playground(app, facts, live, page)
+    _pictures(app, facts)
+    _parts(app, facts, live, page)
     app.state.live, app.state.facts = live, facts
     return app
 
@@ -157,7 +180,7 @@ def _table(app: FastAPI, facts: Facts, page: Any) -> None:
             path=path,
             result=result,
             error=error,
-            examples=EXAMPLES,
+            examples=examples(facts),
             flags=FLAGS,
             count=facts.count(view) if result else None,
             chosen=view.chosen(facts.columns),
@@ -217,11 +240,20 @@ def _table(app: FastAPI, facts: Facts, page: Any) -> None:
         return RedirectResponse(View(q=to).url("/"), 303)
 
 
+def examples(facts: Facts) -> list[tuple[str, str]]:
+    """The example questions that this atlas can answer."""
+    if not facts.sees:
+        return list(EXAMPLES)
+    needs = {"Most selective": "selectivity", "Missed most": "ablation", "By layer": "sparsity"}
+    return [(name, sql) for name, sql in EXAMPLES_SEEN if needs.get(name, "neuron") in facts.columns]
+
+
 def _map(app: FastAPI, facts: Facts, page: Any) -> None:
     @app.get("/map")
     def show(request: Request, column: str = "", order: str = "", q: str = "") -> Response:
         offered = facts.colourable
-        first = next((c for c in ("verdict", "specialisation", "specialised") if c in offered), "")
+        usual = ("verdict", "specialisation", "specialised", "preferred_class", "selectivity", "sparsity")
+        first = next((c for c in usual if c in offered), "")
         column = column if column in offered else first or next(iter(offered), "")
         return page(request, "map.html", column=column, order="value" if order == "value" else "", q=q[:400])
 
@@ -246,6 +278,7 @@ def _neuron(app: FastAPI, facts: Facts, live: Live, page: Any) -> None:
         number, index = (int(x) for x in address.split(":"))
         site = next(s for s in facts.sites if s.number == number)
         scale = words.null99(row)
+        lost = words.axis([("ablation", row.get("ablation"), row.get("ablation_se"), "effect")])
         effect = words.axis(
             [
                 ("effect", row.get("effect"), row.get("effect_se"), "effect"),
@@ -265,6 +298,9 @@ def _neuron(app: FastAPI, facts: Facts, live: Live, page: Any) -> None:
             signs=words.signs(row),
             panels=words.panels(row, scale),
             axis=effect,
+            lost=lost,
+            exemplars=pictures.exemplars(row, facts.images),
+            does=words.silenced(row),
             roles=[r for r in words.ROLES if row.get(f"cos_{r}") is not None],
             role_names=words.ROLES,
             before=f"{number}:{index - 1}" if index else None,
@@ -277,13 +313,14 @@ def _neuron(app: FastAPI, facts: Facts, live: Live, page: Any) -> None:
         address = str(row["neuron"])
         model = live.light() if by in words.ROLES else None
         note = ""
+        by = "images" if facts.sees and by == "tokens" else by
         if model is not None:
             pairs = facts.alike_by_rows(address, by, model, wide)
         else:
             if by in words.ROLES:
-                note = f"The weights are not to be had ({live.status.message}), so this is by shared tokens."
-                by = "tokens"
-            pairs = facts.alike_by_tokens(address)
+                by = "images" if facts.sees else "tokens"
+                note = f"The weights are not to be had ({live.status.message}), so this is by shared {by}."
+            pairs = facts.alike_by_images(address) if facts.sees else facts.alike_by_tokens(address)
         known = facts.brief([a for a, _ in pairs])
         return page(
             request,
@@ -357,6 +394,72 @@ def _playground(app: FastAPI, facts: Facts, live: Live, page: Any) -> None:
         return StreamingResponse(
             _events(request, live, job), media_type="text/event-stream", headers={"Cache-Control": "no-store"}
         )
+
+
+def _pictures(app: FastAPI, facts: Facts) -> None:
+    @app.get("/image/{number}.png")
+    def image(number: int) -> Response:
+        """One of the images that the model was shown."""
+        if number not in facts.images:
+            raise HTTPException(404, f"this atlas holds no image {number}")
+        return Response(facts.images[number]["png"], media_type="image/png", headers=OFTEN)
+
+    @app.get("/neuron/{address}/exemplar/{place}.png")
+    def exemplar(address: str, place: int) -> Response:
+        """An image that drives a neuron, dimmed outside the region that does."""
+        drivers = facts.drivers(address)
+        if not 0 <= place < len(drivers):
+            raise HTTPException(404, f"neuron {address} has no exemplar {place} whose image is in this atlas")
+        return Response(pictures.lit(*drivers[place]), media_type="image/png", headers=OFTEN)
+
+    @app.get("/neuron/{address}/exemplars.png")
+    def first(address: str) -> Response:
+        """The first few, small and side by side."""
+        if not (drivers := facts.drivers(address)):
+            raise HTTPException(404, f"neuron {address} has no exemplars whose images are in this atlas")
+        return Response(pictures.strip(drivers[:4]), media_type="image/png", headers=OFTEN)
+
+
+def _parts(app: FastAPI, facts: Facts, live: Live, page: Any) -> None:
+    @app.get("/bricks")
+    def bricks(request: Request, site: str = "", function: str = "") -> Response:
+        made = facts.bricks
+        numbers = list(made)
+        chosen = int(site) if site.isdecimal() and int(site) in made else (numbers[0] if numbers else 0)
+        shown = [b for b in made.get(chosen, []) if not function or b.function == function]
+        return page(
+            request,
+            "bricks.html",
+            made=made,
+            chosen=chosen,
+            shown=shown,
+            function=function[:200],
+            functions=facts.values("brick_function"),
+        )
+
+    drawings = Drawings(facts.path, live)
+
+    def drawn(depth: int, fold: bool) -> Any:
+        fingerprint = _field(facts.atlas.manifest, "fingerprint")
+        return drawings.drawn(facts.sites, fingerprint, min(max(depth, 0), DEPTHS), fold)
+
+    @app.get("/diagram")
+    def diagram(request: Request, depth: int = 1, fold: bool = True) -> Response:
+        depth = min(max(depth, 0), DEPTHS)
+        return page(request, "diagram.html", depth=depth, fold=fold, depths=DEPTHS)
+
+    @app.get("/diagram/drawing")
+    def drawing(request: Request, depth: int = 1, fold: bool = True) -> Response:
+        """The drawing alone: tracing a model may take a while, and the page does not wait for it."""
+        try:
+            svg, problem = Markup(drawn(depth, fold).svg), ""
+        except NeuropilError as error:
+            svg, problem = Markup(""), str(error)
+        return page(request, "_drawing.html", svg=svg, problem=problem, depth=depth, fold=fold, status=live.status)
+
+    @app.get("/diagram/style.css")
+    def style(depth: int = 1, fold: bool = True) -> Response:
+        return Response(drawn(depth, fold).css, media_type="text/css", headers=OFTEN)
 
 
 async def _events(request: Request, live: Live, job: Run) -> AsyncIterator[str]:

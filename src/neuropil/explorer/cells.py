@@ -18,7 +18,7 @@ WORDS = ("label", "token")  # text columns that hold pieces of a vocabulary
 
 @dataclass(frozen=True)
 class Cell:
-    kind: str  # neuron | tokens | values | verdict | flag | signed | number | word | text | empty
+    kind: str  # neuron | tokens | images | values | verdict | flag | signed | number | word | text | empty
     text: str = ""
     items: list[str] = field(default_factory=list)
     share: float = 0.0  # of the column's reach, -1..1
@@ -54,7 +54,20 @@ def cells(table: pa.Table, facts: Facts) -> list[list[Cell]]:
     columns = [
         [_cell(f.name, value, facts) for value in table.column(i).to_pylist()] for i, f in enumerate(table.schema)
     ]
+    if {"neuron", "exemplar_images"} <= set(table.column_names) and facts.images:
+        addresses = table.column("neuron").to_pylist()
+        columns[table.column_names.index("exemplar_images")] = [
+            _images(address, images)
+            for address, images in zip(addresses, table.column("exemplar_images").to_pylist(), strict=True)
+        ]
     return [list(row) for row in zip(*columns, strict=True)]
+
+
+def _images(address: Any, images: Any) -> Cell:
+    """The first pictures that drive a neuron, with their regions, as addresses of pictures."""
+    if not images or not isinstance(address, str) or not ADDRESS.fullmatch(address):
+        return Cell("empty")
+    return Cell("images", f"/neuron/{address}/exemplars.png")
 
 
 def _cell(name: str, value: Any, facts: Facts) -> Cell:

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import struct
+import threading
 import time
 from dataclasses import dataclass
 from functools import cached_property
@@ -13,12 +14,16 @@ import numpy as np
 import pyarrow as pa
 
 from neuropil.atlas import Atlas
+from neuropil.data import probes
 from neuropil.errors import NeuropilError, QueryError
 from neuropil.explorer.view import View, is_flag, is_list, is_number, is_text, literal, quoted
+from neuropil.neurons import Neuron
 
 FOUND = 300  # neurons that a search gives at most
-CATEGORIES = 8  # a text column with at most so many values can colour the map
+LAYERS_KEPT = 8  # whose exemplars are in memory
+CATEGORIES = 12  # so many values of a text column have a colour of their own on the map
 MOST_DOWNLOADED = 5_000_000
+FIRST = {"up_tokens": "up_tokens[1]", "description": "description", "preferred_class": "preferred_class"}  # to name by
 PATIENCE = 10.0  # seconds that a visitor's SQL may take
 
 
@@ -51,6 +56,18 @@ class LayerShare:
     confirmed: int
 
 
+@dataclass(frozen=True)
+class Brick:
+    """Neurons of one layer that belong together."""
+
+    site: int
+    number: int
+    size: int
+    function: str
+    neurons: list[str]  # the first few
+    description: str = ""  # of the first that has one
+
+
 class Facts:
     """One atlas, open for reading, shared by the threads that serve the pages."""
 
@@ -60,6 +77,9 @@ class Facts:
         self._scales: dict[str, Scale] = {}
         self._counts: dict[str, int] = {}
         self._found: dict[str, list[str]] = {}
+        self._values: dict[str, list[str]] = {}
+        self._drivers: dict[int, pa.Table] = {}
+        self._reading = threading.Lock()
         self._seen: tuple[float, object] = (-1.0, None)
 
     def refresh(self) -> None:
@@ -73,7 +93,8 @@ class Facts:
             for name, value in vars(type(self)).items():
                 if isinstance(value, cached_property):
                     vars(self).pop(name, None)
-            self._scales, self._counts, self._found = {}, {}, {}
+            self._scales, self._counts, self._found, self._values = {}, {}, {}, {}
+            self._drivers = {}
         self._seen = (now, state)
 
     @cached_property
@@ -83,6 +104,46 @@ class Facts:
     @cached_property
     def sites(self) -> list[Any]:
         return list(self.atlas.sites)
+
+    @property
+    def sees(self) -> bool:
+        """Whether the atlas is of a vision model: its neurons answer to images, not to tokens."""
+        return "activation_mean" in self.columns or "exemplar_images" in self.columns
+
+    def drivers(self, address: str) -> list[tuple[bytes, str]]:
+        """The exemplars of a neuron whose images are here: PNG and mask, best first. Raises UnknownNeuron.
+
+        A page shows those of many neurons, so they are read a layer at a time, and the last few layers kept.
+        """
+        neuron = Neuron.parse(address, self.sites)
+        if not {"exemplar_images", "exemplar_masks"} <= set(self.columns):
+            return []
+        with self._reading:
+            if neuron.number not in self._drivers:
+                names = "exemplar_images, exemplar_masks FROM neurons WHERE site = "
+                table = self.ask(f'SELECT {names}{neuron.number} ORDER BY "index"')
+                while len(self._drivers) >= LAYERS_KEPT:
+                    del self._drivers[next(iter(self._drivers))]
+                self._drivers[neuron.number] = table
+            row = self._drivers[neuron.number].slice(neuron.index, 1).to_pylist()[0]
+        pairs = zip(row["exemplar_images"] or [], row["exemplar_masks"] or [], strict=False)
+        return [(self.images[image]["png"], mask) for image, mask in pairs if image in self.images]
+
+    @property
+    def groups(self) -> list[str]:
+        return self.atlas.groups
+
+    @cached_property
+    def roles_missing(self) -> set[str]:
+        """Weights that no neuron of this model has: nothing is compared by them."""
+        have = {role for site in self.sites for role in site.roles}
+        return {"up", "gate", "down"} - have
+
+    @cached_property
+    def images(self) -> dict[int, dict[str, Any]]:
+        """The images that the model was shown: place -> name, class and PNG."""
+        table = probes.stored(self.path)
+        return {} if table is None else {row["image"]: row for row in table.to_pylist()}
 
     def ask(self, sql: str, limit: int | None = None, timeout: float | None = None) -> pa.Table:
         return self.atlas.query(sql, limit=limit, timeout=timeout)
@@ -118,11 +179,32 @@ class Facts:
     def found(self, words: str) -> list[str]:
         """The addresses of the neurons that fit the words, best first."""
         if words not in self._found:
-            table = self.atlas.find(words, limit=FOUND)
+            found = list(self.atlas.find(words, limit=FOUND).column("neuron").to_pylist()) if self._told else []
+            found += self._of_class(words)
             if len(self._found) > 200:
                 self._found.clear()
-            self._found[words] = list(dict.fromkeys(table.column("neuron").to_pylist()))
+            self._found[words] = list(dict.fromkeys(found))
         return self._found[words]
+
+    @property
+    def _told(self) -> bool:
+        """Whether there is more to search than classes."""
+        return not self.sees or bool({"description", "label"} & set(self.columns))
+
+    def _of_class(self, words: str) -> list[str]:
+        """Neurons of a vision model whose preferred class, or brick's function, has one of the words in it."""
+        names = [c for c in ("preferred_class", "brick_function") if c in self.columns]
+        terms = [literal(word) for word in words.lower().split()]
+        if not self.sees or not names or not terms:
+            return []
+        text = "lower(concat_ws(' ', " + ", ".join(names) + "))"
+        hits = " + ".join(f"contains({text}, {term})::INT" for term in terms)
+        best = "selectivity DESC NULLS LAST, " if "selectivity" in self.columns else ""
+        rows = self.rows(
+            f"SELECT neuron FROM (SELECT *, {hits} AS _hits FROM neurons) WHERE _hits > 0 "
+            f"ORDER BY _hits DESC, {best}site, index LIMIT {FOUND}"
+        )
+        return [row["neuron"] for row in rows]
 
     def warm(self) -> None:
         """Do what the first search and the first table would otherwise wait for."""
@@ -197,7 +279,7 @@ class Facts:
                 kinds[name] = "flag"
             elif is_number(kind):
                 kinds[name] = "number"
-            elif is_text(kind) and name in {"verdict", "label_from"}:
+            elif is_text(kind) and name in {"verdict", "label_from", "preferred_class", "brick_function"}:
                 kinds[name] = "category"
         return kinds
 
@@ -243,8 +325,8 @@ class Facts:
 
     def labels(self) -> list[list[str]]:
         """A word for every neuron, site by site: its label, or else its first token."""
-        first = "up_tokens[1]" if "up_tokens" in self.columns else "''"
-        label = f"coalesce(nullif(label, ''), {first}, '')" if "label" in self.columns else first
+        first = next((f for c, f in FIRST.items() if c in self.columns), "''")
+        label = f"coalesce(nullif(label, ''), {first}, '')" if "label" in self.columns else f"coalesce({first}, '')"
         table = self.ask(f'SELECT site, "index" AS i, {label} AS w FROM neurons ORDER BY site, i')
         words: dict[int, list[str]] = {s.number: [""] * s.width for s in self.sites}
         for site, i, word in zip(*(table.column(c).to_pylist() for c in ("site", "i", "w")), strict=True):
@@ -255,13 +337,15 @@ class Facts:
         return self.atlas.neuron(address)
 
     def brief(self, addresses: list[str]) -> dict[str, dict[str, Any]]:
-        """Label, verdict and first tokens of some neurons, by address."""
-        names = [c for c in ("label", "verdict", "effect", "up_tokens", "clamp_value") if c in self.columns]
+        """Label, verdict and first tokens of some neurons, by address; what they are described as, where they are."""
+        told = ("label", "verdict", "effect", "up_tokens", "clamp_value", "description", "preferred_class")
+        names = [c for c in told if c in self.columns]
         if not addresses:
             return {}
+        wanted = ["neuron", *map(quoted, names)]
+        wanted += ["len(exemplar_images) AS exemplars"] if "exemplar_images" in self.columns else []
         rows = self.rows(
-            f"SELECT {', '.join(['neuron', *map(quoted, names)])} FROM neurons "
-            f"WHERE neuron IN ({', '.join(map(literal, addresses))})"
+            f"SELECT {', '.join(wanted)} FROM neurons WHERE neuron IN ({', '.join(map(literal, addresses))})"
         )
         return {row["neuron"]: row for row in rows}
 
@@ -286,6 +370,66 @@ class Facts:
             f"WHERE common > 0 AND neuron <> {literal(address)} ORDER BY s DESC, neuron LIMIT {limit}"
         )
         return [(row["neuron"], row["s"]) for row in rows]
+
+    def alike_by_images(self, address: str, limit: int = 12) -> list[tuple[str, float]]:
+        """Neurons that share most of the images that drive them: Jaccard index of the two sets."""
+        own = self.neuron(address).get("exemplar_images")
+        if not own:
+            return []
+        mine = sorted(set(map(int, own)))
+        rows = self.rows(
+            "WITH n AS (SELECT neuron, len(exemplar_images) AS size, "
+            f"len(list_intersect(exemplar_images, {mine})) AS common FROM neurons) "
+            f"SELECT neuron, common / ({len(mine)} + size - common) AS s FROM n "
+            f"WHERE common > 0 AND neuron <> {literal(address)} ORDER BY s DESC, neuron LIMIT {limit}"
+        )
+        return [(row["neuron"], row["s"]) for row in rows]
+
+    def values(self, column: str) -> list[str]:
+        """The values of a text column, those of most neurons first."""
+        if column in self.columns and column not in self._values:
+            q = quoted(column)
+            rows = self.rows(
+                f"SELECT {q} AS v FROM neurons WHERE {q} IS NOT NULL GROUP BY ALL ORDER BY count(*) DESC, v LIMIT 200"
+            )
+            self._values[column] = [str(row["v"]) for row in rows]
+        return self._values.get(column, [])
+
+    @cached_property
+    def tally(self) -> dict[str, int]:
+        """What the start page of a vision atlas counts."""
+        asked = {
+            "dead": ("dead", "count(*) FILTER (dead)"),
+            "selective": ("selectivity", "count(*) FILTER (selectivity >= 0.5)"),
+            "described": ("description", "count(*) FILTER (description <> '')"),
+            "silenced": ("ablation", "count(ablation)"),
+        }
+        chosen = {name: sql for name, (column, sql) in asked.items() if column in self.columns}
+        if not chosen:
+            return {}
+        [row] = self.rows("SELECT " + ", ".join(f"{sql} AS {name}" for name, sql in chosen.items()) + " FROM neurons")
+        return {name: int(row[name]) for name in chosen}
+
+    @cached_property
+    def bricks(self) -> dict[int, list[Brick]]:
+        """The bricks of every layer: site -> its bricks, those with a function first, the largest first."""
+        if "brick" not in self.columns:
+            return {}
+        function = "brick_function" if "brick_function" in self.columns else "NULL"
+        about = "first(description) FILTER (description <> '')" if "description" in self.columns else "NULL"
+        rows = self.rows(
+            f"SELECT site, brick, {function} AS function, count(*) AS size, "
+            '(list(neuron ORDER BY "index"))[1:6] AS first, '
+            f"{about} AS about FROM neurons WHERE brick IS NOT NULL GROUP BY site, brick, {function} "
+            "ORDER BY site, (function IS NULL), size DESC, brick"
+        )
+        made: dict[int, list[Brick]] = {}
+        for row in rows:
+            brick = Brick(
+                row["site"], row["brick"], row["size"], row["function"] or "", row["first"], row["about"] or ""
+            )
+            made.setdefault(brick.site, []).append(brick)
+        return made
 
     def alike_by_rows(
         self, address: str, role: str, model: Any, everywhere: bool, limit: int = 12

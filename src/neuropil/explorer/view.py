@@ -7,11 +7,16 @@ from urllib.parse import urlencode
 
 PAGE = 60  # rows fetched at a time
 MOST_ROWS = 600  # rows kept in one page before a new page begins: more make a browser slow
-FLAGS = ("specialised", "hub", "confirmed")
+FLAGS = ("specialised", "hub", "confirmed", "dead")
+# The first of the two is what an atlas of words shows, the second one of images: each has only its own.
 DEFAULT_COLUMNS = (
     *("neuron", "label", "verdict", "effect", "cos_up", "cos_gate", "cos_down", "specialisation"),
     *("up_tokens", "down_tokens"),
+    *("exemplar_images", "description", "preferred_class", "selectivity", "ablation", "activation_max", "sparsity"),
+    *("dead", "brick", "brick_function"),
 )
+CHOICES = {"prefers": "preferred_class", "serves": "brick_function"}  # filters by one value of a column
+RANGES = ("layer", "site", "brick")  # filters by a number or, as 3-5, by all from one to another
 
 
 def quoted(name: str) -> str:
@@ -66,6 +71,12 @@ class View:
     specialised: str = ""
     hub: str = ""
     confirmed: str = ""
+    dead: str = ""
+    site: str = ""
+    brick: str = ""
+    serves: str = ""
+    prefers: str = ""
+    about: str = ""
     sort: str = ""
     cols: tuple[str, ...] = ()
     start: int = 0
@@ -84,18 +95,21 @@ class View:
         if not sql and sort.lstrip("-") not in columns:
             sort = ""
         flags = {f: query.get(f, "") if query.get(f) in {"yes", "no"} and f in columns else "" for f in FLAGS}
-        layer = re.sub(r"\s+", "", query.get("layer", ""))
+        chosen = {f: query.get(f, "")[:200] if column in columns else "" for f, column in CHOICES.items()}
+        ranges = {f: re.sub(r"\s+", "", query.get(f, "")) for f in RANGES if f in columns}
+        chosen |= {f: text for f, text in ranges.items() if re.fullmatch(r"\d{1,9}(-\d{1,9})?", text)}
         return cls(
             q=query.get("q", "").strip()[:400],
-            layer=layer if re.fullmatch(r"\d+(-\d+)?", layer) else "",
             verdict=query.get("verdict", "") if "verdict" in columns else "",
             label=query.get("label", "").strip()[:200] if "label" in columns else "",
+            about=query.get("about", "").strip()[:200] if "description" in columns else "",
             sort=sort,
             cols=tuple(c for c in query.get("cols", "").split(",") if c in columns),
             start=_whole(query.get("start"), 0, 10**9, 0),
             rows=_whole(query.get("rows"), 1, MOST_ROWS, PAGE),
             sql=sql,
             **flags,
+            **chosen,
         )
 
     def url(self, path: str = "/", **changes: object) -> str:
@@ -126,20 +140,25 @@ class View:
 
     @property
     def filtered(self) -> bool:
-        return any((self.q, self.layer, self.verdict, self.label, self.specialised, self.hub, self.confirmed))
+        rest = {"sort", "cols", "start", "rows", "sql"}
+        return any(value for name, value in vars(self).items() if name not in rest)
 
     def where(self, found: list[str] | None) -> str:
         """The WHERE clause of the filters; `found` are the addresses that the search gave."""
         terms = []
-        if self.layer:
-            low, _, high = self.layer.partition("-")
-            terms.append(f"layer BETWEEN {int(low)} AND {int(high or low)}" if high else f"layer = {int(low)}")
+        for name in RANGES:
+            low, _, high = getattr(self, name).partition("-")
+            if low:
+                terms.append(f"{name} BETWEEN {int(low)} AND {int(high)}" if high else f"{name} = {int(low)}")
         if self.verdict == "unmeasured":
             terms.append("verdict IS NULL")
         elif self.verdict:
             terms.append(f"verdict = {literal(self.verdict)}")
         if self.label:
             terms.append(f"contains(lower(label), {literal(self.label.lower())})")
+        if self.about:
+            terms.append(f"contains(lower(description), {literal(self.about.lower())})")
+        terms += [f"{column} = {literal(value)}" for f, column in CHOICES.items() if (value := getattr(self, f))]
         terms += [
             f"{name} IS {'' if value == 'yes' else 'NOT '}TRUE" for name in FLAGS if (value := getattr(self, name))
         ]

@@ -210,6 +210,31 @@ def panels(row: Mapping[str, Any], null99: float | None) -> list[Panel]:
     return made
 
 
+def silenced(row: Mapping[str, Any]) -> str:
+    """What silencing a neuron of a vision model did, in a sentence.
+
+    >>> silenced({"ablation": 0.5, "ablation_se": 0.1})
+    'Without it the model gives the right class 0.500 ± 0.100 nats less: it supports it.'
+    >>> silenced({"ablation": 0.01, "ablation_se": 0.1})
+    'Without it the model gives the right class 0.0100 ± 0.100 nats less, which may be chance.'
+    >>> silenced({"ablation": None, "ablation_estimate": -0.2})
+    'It was not silenced; from its gradient one expects that the model would give the right class 0.200 nats more.'
+    """
+    loss, error, expected = row.get("ablation"), row.get("ablation_se"), row.get("ablation_estimate")
+    if loss is None:
+        if expected is None:
+            return ""
+        more = f"{number(abs(expected))} nats {'less' if expected > 0 else 'more'}"
+        return f"It was not silenced; from its gradient one expects that the model would give the right class {more}."
+    if not loss and not error:
+        return "Without it the model is as before."
+    size = number(abs(loss)) if error is None else _close(abs(loss), error)
+    said = f"Without it the model gives the right class {size} nats {'less' if loss >= 0 else 'more'}"
+    if error is not None and abs(loss) <= 2 * error:
+        return f"{said}, which may be chance."
+    return f"{said}: it {'supports' if loss >= 0 else 'works against'} it."
+
+
 def null99(row: Mapping[str, Any]) -> float | None:
     """The null's 99th percentile of the best cosine, recovered from the specialisation score."""
     score, best = row.get("specialisation"), row.get(f"cos_{row.get('label_from') or 'up'}")

@@ -1,5 +1,6 @@
 """What do the neurons do?"""
 
+from neuropil.interpret.bricks import partition_bricks
 from neuropil.interpret.compare import Comparison, compare
 from neuropil.interpret.decode import Decoder, decode
 from neuropil.interpret.diagrams import circuit_diagram
@@ -43,6 +44,7 @@ __all__ = [
     "exemplars",
     "geometry_columns",
     "geometry_report",
+    "partition_bricks",
     "prototype_quality",
     "representation",
     "representational_geometry",

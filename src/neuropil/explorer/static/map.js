@@ -17,12 +17,14 @@
       number: ["#eeeae1", "#d3c6ea", "#a68dd4", "#7450b4", "#46247f", "#200a45"],
       off: "#e4dfd4", on: "#5b3d99", none: "#f6f4ef", ink: "#1e1b24", soft: "#615b69",
       cats: ["#5b3d99", "#d9731a", "#cfc9bd", "#009e73", "#0072b2", "#cc79a7", "#8c6d31", "#333333"],
+      kinds: ["#5b3d99", "#d9731a", "#009e73", "#0072b2", "#cc79a7", "#8c6d31", "#56b4e9", "#e6b800", "#a01c3a", "#6b7a1e", "#333333", "#9a8fb0"],
     },
     dark: {
       signed: ["#ffd0a0", "#f59b4c", "#b7651a", "#5c371a", "#262230", "#40336a", "#7057b4", "#a78bee", "#ddd0ff"],
       number: ["#262230", "#40336a", "#6a50ae", "#9a7fe6", "#cbb6ff", "#fff4d8"],
       off: "#2b2735", on: "#b79cf2", none: "#17151c", ink: "#ece8f2", soft: "#a8a0b5",
       cats: ["#b79cf2", "#f59b4c", "#3d3849", "#35c79a", "#5bb0ea", "#e3a5c8", "#c9a86a", "#dddddd"],
+      kinds: ["#b79cf2", "#f59b4c", "#35c79a", "#5bb0ea", "#e3a5c8", "#c9a86a", "#9ad7ff", "#ffe07a", "#ff7d94", "#b6c55a", "#dddddd", "#7c7096"],
     },
   };
   let palette;
@@ -40,7 +42,7 @@
   function dress() {
     const p = stops[dark.matches ? "dark" : "light"];
     palette = { signed: ramp(p.signed), number: ramp(p.number), off: solid(p.off), on: solid(p.on),
-                none: solid(p.none), cats: p.cats.map(solid), ink: p.ink, soft: p.soft };
+                none: solid(p.none), cats: (state.head?.column === "verdict" ? p.cats : p.kinds).map(solid), ink: p.ink, soft: p.soft };
   }
   const reach = () => Math.max(Math.abs(state.head.low), Math.abs(state.head.high)) || 1;
   function place(v) { // 0..1 on the scale of the column
@@ -179,6 +181,7 @@
       }
       return n ? { mean: sum / n, second: second / n } : null;
     });
+    if (kind === "category" && state.head.column !== "verdict") { paintKinds(g, w, x0); return; }
     const known = sums.filter(Boolean), share = kind === "flag" || kind === "category";
     const most = Math.max(...known.map((s) => Math.abs(s.mean) + (kind === "category" ? s.second : 0)), 1e-12);
     const room = w > 60 ? w - x0 - 50 : w - x0 - 4;
@@ -199,7 +202,25 @@
     }
     const c = state.head.categories;
     $("sharenote").textContent = "Right: " + (kind === "flag" ? "share of each layer" :
-      kind === "category" ? `share ${c.slice(0, 2).join(" and ")}` : "mean of each layer");
+      kind === "category" ? `share ${c.slice(0, 2).join(" and ")} of each layer` : "mean of each layer");
+  }
+  function paintKinds(g, w, x0) { // how a layer divides among the categories
+    const room = w - x0 - 6;
+    state.head.sites.forEach((s, k) => {
+      const counts = new Map(), band = state.bands[k], h = Math.min(band.height, 10);
+      for (let i = 0; i < s.width; i++) {
+        const v = state.values[state.starts[k] + i];
+        if (v >= 0 && !state.off.has(v)) counts.set(v, (counts.get(v) ?? 0) + 1);
+      }
+      let x = x0;
+      for (const [v, n] of [...counts].sort((a, b) => a[0] - b[0])) {
+        const long = room * n / s.width;
+        g.fillStyle = css(colour(v));
+        g.fillRect(x, band.y + Math.max(0, band.height / 2 - 5), long, h);
+        x += long;
+      }
+    });
+    $("sharenote").textContent = "Right: how each layer divides";
   }
   function paintLegend() {
     const box = $("legend"), { kind, low, high } = state.head;
@@ -364,6 +385,7 @@
       const size = new DataView(data).getUint32(0, true);
       state.head = JSON.parse(new TextDecoder().decode(new Uint8Array(data, 4, size)));
       state.values = new Float32Array(data, 4 + size);
+      dress(); // what a category's colours are depends on the column
       let from = 0;
       state.starts = state.head.sites.map((s) => { const at = from; from += s.width; return at; });
       state.off.clear(); state.cursor = null; tip.hidden = true;

@@ -1,0 +1,393 @@
+"""What the neurons of a vision model do on a set of images: the columns of its atlas.
+
+There is no vocabulary to read a neuron by. So a probe of images (`neuropil.data.probe`) is shown to the model, and of
+each neuron is told how it answers (`Activity`), which images and regions drive it (`exemplar_columns`, the first step
+of MILAN), and what the model loses without it (`Ablation`).
+
+>>> import torch
+>>> from torch import nn
+>>> from neuropil.data import Probe
+>>> from neuropil.models import load
+>>> net = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(4 * 36, 2))
+>>> images = Probe("noise", torch.randint(0, 256, (40, 1, 8, 8), dtype=torch.uint8), ("noise",) * 40)
+>>> model = load(net)
+>>> sorted(Activity(model, images).columns(model.sites[0]))[:4]
+['activation_max', 'activation_mean', 'dead', 'down_norm']
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import pyarrow as pa
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from neuropil._taps import tapped
+from neuropil.errors import ModelError
+from neuropil.neurons import Site
+
+if TYPE_CHECKING:
+    from neuropil.data import Probe
+    from neuropil.models import ImageInput, Model
+
+SIDE = 14  # cells a side of the kept regions
+BUDGET = 5e12  # floating-point operations that the ablations of a whole model may take
+FEW, MANY = 16, 64  # images on which a neuron is ablated
+STATE = 1 << 26  # numbers that one pass over the images may keep
+
+
+def as_rows(h: Tensor, axis: int, images: int) -> Float[Tensor, "images width places"]:
+    """The activations of a site as images x neurons x places, wherever its neurons lie."""
+    h = h.movedim(axis, -1)
+    if h.shape[0] % images:
+        raise ModelError(
+            f"activations of {list(h.shape)} for {images} images: which image each belongs to is not known"
+        )
+    return h.reshape(images, -1, h.shape[-1]).transpose(1, 2).float()
+
+
+class _Prepared:
+    """A model, the images it is shown, and how it is run on them."""
+
+    def __init__(self, model: Model, images: Probe, batch_size: int) -> None:
+        self.model, self.images, self.batch_size = model, images, batch_size
+        self.input: ImageInput = prepared(model, images)
+        self.module: nn.Module = model.module()
+
+    def batches(self, chosen: Sequence[int] | None = None) -> Iterator[tuple[int, Tensor]]:
+        """Where each batch begins, and what the model is given."""
+        pixels = self.images.pixels if chosen is None else self.images.pixels[list(chosen)]
+        device = next((p.device for p in self.module.parameters()), torch.device("cpu"))
+        for start in range(0, len(pixels), self.batch_size):
+            yield start, self.input(pixels[start : start + self.batch_size]).to(device)
+
+
+def prepared(model: Model, images: Probe) -> ImageInput:
+    """How the model takes these images. Raises ModelError for a model that takes none, or others."""
+    from neuropil.models.pictures import as_images
+
+    found = model.image_input or as_images(model.skeleton)
+    size = (int(images.pixels.shape[2]), int(images.pixels.shape[3]))
+    if found is None:
+        raise ModelError(f"{model.name} ({model.architecture}) takes no images, so it cannot be probed with any")
+    found = found.fitted(size)
+    if (found.channels, found.size) != (images.pixels.shape[1], size):
+        raise ModelError(
+            f"{model.name} takes images {[found.channels, *(found.size or ())]}, the probe {images.name!r} has "
+            f"{list(images.pixels.shape[1:])}; make it with probe(..., channels=, size=)"
+        )
+    return found
+
+
+# ------------------------------------------------------------------------------------------------ activity
+
+
+@dataclass
+class _Tally:
+    """What one pass keeps of a site: a row an image."""
+
+    mean: Tensor
+    positive: Tensor
+    top: Tensor
+    low: Tensor
+    above: Tensor
+    batch: tuple[Tensor, ...] = field(default=(), repr=False)
+
+    @classmethod
+    def of(cls, images: int, width: int) -> _Tally:
+        mean, positive, top, low, above = torch.zeros(5, images, width)
+        return cls(mean, positive, top, low, above)
+
+
+class Activity:
+    """How each neuron answers to the images.
+
+    Columns, over all places of all images: `activation_mean`, `activation_max`, `sparsity` (share of places where it
+    is not above zero), `dead` (one value everywhere), and `up_norm`, `gate_norm`, `down_norm`, the lengths of its
+    weight vectors. With classes, by the mean over an image of the activation's positive part:
+    `preferred_class`, the class with the largest mean m, and `selectivity` = (m - r) / (m + r), r the mean of all
+    other images: 0 where all classes are alike, 1 where only one drives it (Morcos et al. 2018, arXiv 1803.06959).
+
+    One pass over the images serves as many sites as keep 2^26 numbers, so memory does not grow with the model.
+    """
+
+    def __init__(self, model: Model, images: Probe, batch_size: int = 16) -> None:
+        self._run = _Prepared(model, images, batch_size)
+        self.settings: dict[str, Any] = images.settings
+        self._kept: dict[str, _Tally] = {}
+
+    def columns(self, site: Site) -> dict[str, Any]:
+        """The columns of one site; the following ones are looked at in the same pass."""
+        if site.name not in self._kept:
+            self._kept = self._pass(self._group(site))
+        tally, model = self._kept.pop(site.name), self._run.model
+        made: dict[str, Any] = {
+            "activation_mean": tally.mean.mean(0),
+            "activation_max": tally.top.amax(0),
+            "sparsity": 1 - tally.above.mean(0),
+            "dead": (tally.top.amax(0) - tally.low.amin(0)) <= 1e-6 * (1 + tally.top.amax(0).abs()),
+        }
+        for role in site.roles:
+            made[f"{role}_norm"] = model.rows(site, role).norm(dim=1)
+        images = self._run.images
+        if images.labels is not None and len(images.classes) > 1:
+            best, index = selectivity(tally.positive, images.labels, len(images.classes))
+            silent = tally.positive.amax(0) <= 0
+            made["preferred_class"] = [
+                None if off else images.classes[k] for k, off in zip(best.tolist(), silent.tolist(), strict=True)
+            ]
+            made["selectivity"] = index
+        return made
+
+    def _group(self, site: Site) -> list[Site]:
+        """This site and those after it, as many as one pass may serve."""
+        sites = self._run.model.sites
+        chosen: list[Site] = []
+        room = STATE // (5 * len(self._run.images))
+        for each in sites[site.number :]:
+            if chosen and each.width > room:
+                break
+            chosen.append(each)
+            room -= each.width
+        return chosen
+
+    def _pass(self, sites: list[Site]) -> dict[str, _Tally]:
+        run, count = self._run, len(self._run.images)
+        tallies = {s.name: _Tally.of(count, s.width) for s in sites}
+        size = 0
+
+        def see(site: Site) -> Callable[[Tensor], None]:
+            def act(h: Tensor) -> None:
+                rows = as_rows(h.detach(), site.tap.axis, size).cpu()
+                tallies[site.name].batch = (
+                    rows.mean(2), rows.clamp(min=0).mean(2), rows.amax(2), rows.amin(2), (rows > 0).float().mean(2),
+                )  # fmt: skip
+
+            return act
+
+        with torch.inference_mode(), tapped(run.module, [(s.tap, s.width, see(s)) for s in sites]):
+            for start, x in run.batches():
+                size = len(x)
+                run.module(x)
+                for site in sites:
+                    tally = tallies[site.name]
+                    if not tally.batch:
+                        raise ModelError(
+                            f"{site.name} did not run on these images; the model has parts that need others"
+                        )
+                    held = (tally.mean, tally.positive, tally.top, tally.low, tally.above)
+                    for whole, part in zip(held, tally.batch, strict=True):
+                        whole[start : start + size] = part
+                    tally.batch = ()
+        return tallies
+
+
+def selectivity(
+    values: Float[Tensor, "images width"], labels: Int[Tensor, " images"], classes: int
+) -> tuple[Int[Tensor, " width"], Float[Tensor, " width"]]:
+    """The class that drives each neuron most, and how much more than the others together.
+
+    >>> values = torch.tensor([[1.0, 2.0], [1.0, 0.0], [1.0, 0.0]])
+    >>> selectivity(values, torch.tensor([0, 1, 2]), 3)
+    (tensor([0, 0]), tensor([0., 1.]))
+    """
+    counts = torch.bincount(labels, minlength=classes).unsqueeze(1)
+    sums = torch.zeros(classes, values.shape[1]).index_add_(0, labels, values)
+    means = torch.where(counts > 0, sums / counts.clamp(min=1), -torch.inf)
+    most, best = means.max(0)
+    own = counts[best, 0]
+    rest = (sums.sum(0) - sums.gather(0, best.unsqueeze(0))[0]) / (len(values) - own).clamp(min=1)
+    whole = most + rest
+    return best, torch.where(whole > 0, (most - rest) / whole.clamp(min=1e-30), 0.0).clamp(0, 1)
+
+
+# ----------------------------------------------------------------------------------------------- exemplars
+
+
+EXEMPLAR_TYPES = {
+    "exemplar_images": pa.list_(pa.int32()),
+    "exemplar_values": pa.list_(pa.float32()),
+    "exemplar_masks": pa.list_(pa.string()),
+}
+
+
+class Exemplars:
+    """The images that drive each neuron most, and where on them, by MILAN's first step.
+
+    Columns: `exemplar_images` (places in the probe, best first), `exemplar_values` (the peak on each),
+    `exemplar_masks` (for each a text of 14 x 14 hexadecimal digits, row by row: how much of that cell of the image
+    lies in the region, 0 none and f all of it), `threshold` (the 0.99 quantile of the neuron's activation over all
+    places of all images, above which a place lies in the region).
+    """
+
+    def __init__(self, model: Model, images: Probe, k: int = 15, batch_size: int = 16) -> None:
+        self._run, self.k = _Prepared(model, images, batch_size), min(k, len(images))
+        self.settings = {**images.settings, "k": self.k, "quantile": 0.99, "side": SIDE}
+
+    def columns(self, site: Site, dead: Sequence[bool] | None = None) -> dict[str, Any]:
+        """The columns of one site; of its dead neurons no image tells more than another, and their lists are empty."""
+        from neuropil.interpret.milan import exemplars
+
+        shown = (x for _, x in self._run.batches())
+        found = exemplars(self._run.module, shown, site, k=self.k, quantile=0.99, keep=False)
+        held = found.compact(SIDE)
+        lists = {
+            "exemplar_images": held["image_ids"].tolist(),
+            "exemplar_values": held["values"].tolist(),
+            "exemplar_masks": digits(held["masks"]),
+        }
+        silent = [False] * site.width if dead is None else dead
+        for values in lists.values():
+            values[:] = [[] if off else each for each, off in zip(values, silent, strict=True)]
+        return {"threshold": held["threshold"], **lists}
+
+
+def digits(masks: Tensor) -> list[list[str]]:
+    """Masks `[units, k, side, side]` of bytes as texts of hexadecimal digits.
+
+    >>> digits(torch.tensor([[[[0, 255], [128, 16]]]], dtype=torch.uint8))
+    [['0f81']]
+    """
+    codes = (masks >> 4).flatten(2).numpy()
+    letters = [[row.tobytes().hex()[1::2] for row in unit] for unit in codes]
+    return letters
+
+
+# ------------------------------------------------------------------------------------------------ ablation
+
+
+class Ablation:
+    """What the model loses when a neuron is silent: log-probability of the right class, in nats.
+
+    `ablation` is the mean over images of log p(c) - log p(c | the neuron's activation is 0 everywhere), c the image's
+    class where the model knows the probe's classes, else the class that the whole model prefers; `ablation_se` its
+    standard error. Above 0, the neuron supports that class.
+
+    Silencing costs a forward pass a neuron. So it is bounded: at most 5e12 floating-point operations for all sites
+    together (some minutes on one core), spread evenly over them. `ablation_estimate` tells for every neuron what the
+    loss would be if it were linear in the activation (minus activation times gradient, one backward pass); where
+    not all neurons of a site can be silenced, those with the estimates farthest from 0 are, and `ablation` is empty
+    for the others. 64 images are used where they suffice for all neurons, else 16, evenly spaced over the probe.
+    """
+
+    def __init__(self, model: Model, images: Probe, budget: float = BUDGET, batch_size: int = 16) -> None:
+        self._run = _Prepared(model, images, batch_size)
+        neurons, sites = sum(s.width for s in model.sites), len(model.sites)
+        cost = _flops(self._run)
+        count = min(MANY, len(images))
+        if cost * count * neurons > budget:
+            count = min(FEW, len(images))
+        self.chosen = [i * len(images) // count for i in range(count)]
+        self.most = max(1, int(budget / (cost * count * sites)))
+        self.settings = {**images.settings, "budget": budget, "ablated_on": count, "neurons_a_site": self.most}
+        self._estimates: dict[str, Tensor] = {}
+        self._whole: tuple[Tensor, Tensor] | None = None
+
+    def columns(self, site: Site) -> dict[str, Any]:
+        if site.name not in self._estimates:
+            self._estimates = self._estimated(self._run.model.sites[site.number :])
+        estimate = self._estimates.pop(site.name)
+        first = estimate.abs().argsort(descending=True, stable=True)[: self.most].tolist()
+        loss, error = self._silenced(site, first)
+        return {"ablation": _known(loss), "ablation_se": _known(error), "ablation_estimate": estimate}
+
+    def _targets(self) -> tuple[Tensor, Tensor]:
+        """The class of every image, and its log-probability by the whole model."""
+        if self._whole is None:
+            with torch.inference_mode():
+                logs = torch.cat(
+                    [logits(self._run.module(x)).log_softmax(1) for _, x in self._run.batches(self.chosen)]
+                )
+            labels, known = self._run.images.labels, len(self._run.images.classes)
+            targets = labels[self.chosen] if labels is not None and known == logs.shape[1] else logs.argmax(1).cpu()
+            self._whole = targets, logs.cpu().gather(1, targets.unsqueeze(1))[:, 0]
+        return self._whole
+
+    def _estimated(self, sites: list[Site]) -> dict[str, Tensor]:
+        """Minus activation times gradient, summed over places, mean over images."""
+        targets, _ = self._targets()
+        sums = {s.name: torch.zeros(s.width) for s in sites}
+        for start, x in self._run.batches(self.chosen):
+            for i in range(0, len(x), 4):  # a backward pass keeps all activations
+                part = x[i : i + 4]
+                for site, rows in self._products(part, targets[start + i : start + i + len(part)], sites):
+                    sums[site.name] += rows.sum((0, 2)).cpu()
+        return {name: total / len(self.chosen) for name, total in sums.items()}
+
+    def _products(self, x: Tensor, targets: Tensor, sites: list[Site]) -> Iterator[tuple[Site, Tensor]]:
+        """Each site's activation times the gradient of the classes' log-probability, images x neurons x places."""
+        held: dict[str, Tensor] = {}
+
+        def hold(site: Site) -> Callable[[Tensor], Tensor]:
+            def act(h: Tensor) -> Tensor:
+                held[site.name] = h
+                return h.clone()  # what follows may overwrite its input
+
+            return act
+
+        with torch.enable_grad(), tapped(self._run.module, [(s.tap, s.width, hold(s)) for s in sites]):
+            logs = logits(self._run.module(x.requires_grad_())).log_softmax(1)
+            own = logs.gather(1, targets.unsqueeze(1).to(logs.device)).sum()
+            gradients = torch.autograd.grad(own, list(held.values()), allow_unused=True)
+        by_name = dict(zip(held, gradients, strict=True))
+        for site in sites:
+            if (gradient := by_name.get(site.name)) is not None:
+                yield site, as_rows((held[site.name] * gradient).detach(), site.tap.axis, len(x))
+
+    def _silenced(self, site: Site, neurons: list[int]) -> tuple[Tensor, Tensor]:
+        targets, before = self._targets()
+        loss, error = torch.full((site.width,), torch.nan), torch.full((site.width,), torch.nan)
+        index = 0
+
+        def silence(h: Tensor) -> Tensor:
+            h = h.clone()
+            h.select(site.tap.axis, index).zero_()
+            return h
+
+        inputs = list(self._run.batches(self.chosen))
+        with torch.inference_mode(), tapped(self._run.module, [(site.tap, site.width, silence)]):
+            for index in neurons:
+                logs = torch.cat([logits(self._run.module(x)).log_softmax(1).cpu() for _, x in inputs])
+                lost = before - logs.gather(1, targets.unsqueeze(1))[:, 0]
+                loss[index] = lost.mean()
+                error[index] = lost.std() / math.sqrt(len(lost)) if len(lost) > 1 else torch.nan
+        return loss, error
+
+
+def _known(values: Tensor) -> pa.Array:
+    """A column that is empty where nothing was measured."""
+    return pa.array(values.numpy(), from_pandas=True)
+
+
+def logits(out: Any) -> Float[Tensor, "n classes"]:
+    """The scores of classes in what a model gave. Raises ModelError where it gave none."""
+    found = getattr(out, "logits", out)
+    found = found[0] if isinstance(found, tuple) else found
+    if not isinstance(found, Tensor) or found.dim() != 2 or found.shape[1] < 2:
+        raise ModelError("this model gives no scores of classes, so what it loses without a neuron cannot be measured")
+    return found
+
+
+def classifies(model: Model, images: Probe) -> bool:
+    """Whether the model gives scores of classes."""
+    run = _Prepared(model, images, 1)
+    try:
+        with torch.inference_mode():
+            logits(run.module(next(run.batches([0]))[1]))
+    except ModelError:
+        return False
+    return True
+
+
+def _flops(run: _Prepared) -> float:
+    """Floating-point operations of one image: those of the products and convolutions."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    with torch.inference_mode(), FlopCounterMode(display=False) as counter:
+        run.module(next(run.batches([0]))[1])
+    return float(max(counter.get_total_flops(), 1))
