@@ -306,7 +306,7 @@ def _routed(panel: Any, report: Report) -> None:
     panel.set_title("Answering with a part of the bricks")
     panel.set_xticks([100 * k for k in keeps])
     panel.set_ylim(top=1.4 * panel.get_ylim()[1])  # room for the legend
-    panel.legend(fontsize="small", frameon=False, ncols=2, loc="upper right")
+    panel.legend(fontsize="x-small", frameon=False, ncols=2, loc="upper right")
     panel.grid(alpha=0.3)
 
 
