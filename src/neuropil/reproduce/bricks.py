@@ -262,7 +262,7 @@ def _matrix(panel: Any, report: Report) -> None:
     cells = torch.tensor(
         [[report.row(f"pruned for {a}", f"rise of the loss on {b}").mean for b in names] for a in names]
     )
-    panel.imshow(cells, cmap="Blues", vmin=0, aspect="auto")
+    panel.imshow(cells.numpy(), cmap="Blues", vmin=0, aspect="auto")
     for i, row in enumerate(cells.tolist()):
         for j, value in enumerate(row):
             colour = "white" if value > 0.6 * float(cells.max()) else "#222"
@@ -305,7 +305,8 @@ def _routed(panel: Any, report: Report) -> None:
     panel.set(xlabel="bricks that are computed (%)", ylabel="rise of the loss (nats a token)")
     panel.set_title("Answering with a part of the bricks")
     panel.set_xticks([100 * k for k in keeps])
-    panel.legend(fontsize="small", frameon=False)
+    panel.set_ylim(top=1.4 * panel.get_ylim()[1])  # room for the legend
+    panel.legend(fontsize="x-small", frameon=False, ncols=2, loc="upper right")
     panel.grid(alpha=0.3)
 
 
