@@ -212,7 +212,7 @@ def _by_class(fitted: PrototypeClassifier) -> np.ndarray:
     return fitted.prototype_classes_.argsort(kind="stable")
 
 
-def _line(panels: Sequence[Axes], pictures: np.ndarray, name: str) -> None:
+def _line(panels: np.ndarray, pictures: np.ndarray, name: str) -> None:
     for panel, picture in zip(panels, pictures, strict=True):
         panel.imshow(picture[0], cmap="gray_r", vmin=0, vmax=1)
         panel.set_xticks([])
