@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 from matplotlib.figure import Figure
+from sklearn.neighbors import NearestCentroid
 
 from neuropil.report import Report, Row
 from neuropil.reproduce import prototype_network as module
@@ -58,6 +60,15 @@ def test_multiples_are_paired_over_seeds() -> None:
         Row.of(module.NO_R1, module.REALISM, [2.0, 80.0]),
     ]
     assert module.multiple(table, module.NO_R1, module.REALISM) == pytest.approx(4)
+
+
+def test_nearest_mean_is_scikit_learns_and_takes_codes_that_have_fallen_together() -> None:
+    codes, labels = np.random.default_rng(0).normal(size=(90, 4)), np.arange(90) % 3
+    codes += labels[:, None]
+    exact = NearestCentroid().fit(codes[:60], labels[:60]).score(codes[60:], labels[60:])
+    assert module.nearest_mean(codes[:60], labels[:60], codes[60:], labels[60:]) == exact
+    zeros = np.zeros((90, 4))
+    assert module.nearest_mean(zeros[:60], labels[:60], zeros[60:], labels[60:]) == pytest.approx(1 / 3)
 
 
 def test_smoke() -> None:
