@@ -66,7 +66,8 @@ def main(path: str) -> None:
         layers = atlas.query(
             "SELECT layer, 100 * avg(neurons03_removed::INT) FILTER (specialised) AS specialised, "
             "100 * avg(neurons03_removed::INT) FILTER (specialised AND confirmed) AS confirmed, "
-            "count(*) FILTER (specialised) AS n FROM neurons GROUP BY 1 ORDER BY 1"
+            "count(*) FILTER (specialised) AS n, "
+            "count(*) FILTER (specialised AND confirmed) AS n_confirmed FROM neurons GROUP BY 1 ORDER BY 1"
         ).to_pylist()
         model = atlas.manifest["model"]["name"]
     (HERE / "images").mkdir(exist_ok=True)
@@ -94,6 +95,8 @@ The first column is by the size of what a neuron adds to the output on real text
 30 % of every layer; the second the share of 16 texts in whose core set (CoreInfer) the neuron is; the errors are
 relative, of all weights by which the neuron reads and writes.
 
+{said(dict(rows))}
+
 ![Shares removed by group and by layer](images/pruned.png)
 
 ## Confirmed specialised neurons that the pruner would take out
@@ -108,6 +111,22 @@ The dozen with the largest measured effect on their own label (in nats):
     )
 
 
+def said(rows: dict[str, dict[str, float]]) -> str:
+    """What the table says, in words that follow from its numbers."""
+
+    def how(name: str, measure: str) -> str:
+        ratio = rows[name][measure] / rows["all neurons"][measure]
+        return "about as often as" if abs(ratio - 1) < 0.1 else "more often than" if ratio > 1 else "less often than"
+
+    return (
+        f"What a neuron adds to the output says little of what it stands for: specialised neurons are removed "
+        f"{how('specialised', 'm0')} neurons in general, confirmed ones "
+        f"{how('specialised and causally confirmed', 'm0')} they, hub neurons {how('hub neurons', 'm0')} any. "
+        "A pruner that should keep what the atlas has found has to be told so "
+        "(`... WHERE NOT (specialised AND confirmed)`)."
+    )
+
+
 def figure(rows: list[tuple[str, dict[str, float]]], layers: list[dict[str, float]]) -> Figure:
     out = Figure(figsize=(11, 3.8), layout="constrained")
     left, right = out.subplots(1, 2)
@@ -117,21 +136,17 @@ def figure(rows: list[tuple[str, dict[str, float]]], layers: list[dict[str, floa
     left.set_yticks(np.arange(len(rows)), names)
     left.invert_yaxis()
     left.set_xlabel("removed as one of the weakest 30 % of a layer (%)")
-    enough = [row for row in layers if row["n"] >= 10]
-    right.plot(
-        [r["layer"] for r in enough], [r["specialised"] for r in enough], "o-", color="#0b6e99", label="specialised"
-    )
-    right.plot(
-        [r["layer"] for r in enough],
-        [r["confirmed"] for r in enough],
-        "s--",
-        color="#d9822b",
-        label="and causally confirmed",
-    )
+    for share, count, style, colour, label in (
+        ("specialised", "n", "o-", "#0b6e99", "specialised"),
+        ("confirmed", "n_confirmed", "s--", "#d9822b", "and causally confirmed"),
+    ):
+        enough = [row for row in layers if row[count] >= 10]
+        right.plot([r["layer"] for r in enough], [r[share] for r in enough], style, color=colour, label=label)
     right.axhline(30, color="#999", lw=1, label="all neurons")
-    right.set_xlabel("layer (those with ten specialised neurons or more)")
+    right.set_xlabel("layer (where there are ten such neurons or more)")
     right.set_ylabel("removed (%)")
-    right.legend(frameon=False)
+    right.set_ylim(0)
+    right.legend(frameon=False, loc="lower right")
     for panel in (left, right):
         panel.spines[["top", "right"]].set_visible(False)
     return out
