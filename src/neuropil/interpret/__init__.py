@@ -2,6 +2,7 @@
 
 from neuropil.interpret.compare import Comparison, compare
 from neuropil.interpret.decode import Decoder, decode
+from neuropil.interpret.nested import NestedSystem
 from neuropil.interpret.rows import Decoded, decode_rows
 
-__all__ = ["Comparison", "Decoded", "Decoder", "compare", "decode", "decode_rows"]
+__all__ = ["Comparison", "Decoded", "Decoder", "NestedSystem", "compare", "decode", "decode_rows"]
