@@ -250,9 +250,9 @@ def test_copy_boxes_in_a_gradient_organisation_are_the_learner() -> None:
 
 
 def test_a_copy_box_holds_what_the_learner_asks_for() -> None:
-    x = torch.randn(4, dtype=torch.float64)
+    x, other = torch.randn(2, 4, dtype=torch.float64)
     a, b, c = layers(mlp(), 0.0)
-    y = torch.randn(3, dtype=torch.float64)
+    y = mlp()(other).detach()
     dreaming = (copier(Real(4), x) >> (a >> b >> c)).run([y] * 200)
     errors = (dreaming.outputs - y).square().sum(-1)
     assert float(errors[-1]) < 0.1 * float(errors[0])  # inputs descend the error where the weights do not

@@ -126,7 +126,7 @@ def test_reward_modulation_ascends_the_reward_in_the_mean() -> None:
             reward_modulated(1.0, noise=0.01, baseline=0.0, seed=seed), gain, teachers={"out.y": "in.target"}
         )
         start = organisation.state
-        start["rule"]["expected"] = -((target - gain @ x).square().sum() / 2)  # the best baseline
+        start["rule"] |= {"expected": -((target - gain @ x).square().sum() / 2), "count": torch.tensor(1)}
         passed = ({"box": x}, {"u": torch.tensor(0.0, dtype=DOUBLE), "target": target})
         changes.append(w(organisation.update(start, passed), gain) - gain)
     gradient_of_reward = (target - gain @ x)[:, None] * x
@@ -222,13 +222,13 @@ def test_a_recurrent_system_learns_online_what_needs_memory() -> None:
 
 
 def test_correlated_ends_grow_together() -> None:
-    common = inputs(300, 2)
-    spikes = torch.stack([common[:, i // 2] for i in range(4)], 1) + 0.5 * inputs(300, 4, 5)
+    common = inputs(600, 2) * torch.tensor([1.0, 0.5], dtype=DOUBLE)
+    spikes = torch.stack([common[:, i // 2] for i in range(4)], 1) + 0.3 * inputs(600, 4, 5)
     boxes: dict[str, Any] = {f"s{i}": stream(spikes[:, i], Real()) for i in range(4)}
     boxes |= {"cell": integrator(Real(), torch.tensor(0.0, dtype=DOUBLE), leak=1.0)}
     wires: list[Any] = [(f"s{i}", "cell", 0.6 if i < 2 else 0.1) for i in range(4)] + [("cell", "out.y")]
-    system = System(boxes, wires, oja(0.01), learning=[(f"s{i}", "cell") for i in range(4)], dtype=DOUBLE)
-    after = gains(system.around, system.run(300).state[1])  # type: ignore[arg-type]
+    system = System(boxes, wires, oja(0.02), learning=[(f"s{i}", "cell") for i in range(4)], dtype=DOUBLE)
+    after = gains(system.around, system.run(600).state[1])  # type: ignore[arg-type]
     sizes = [float(after[f"s{i}", "cell"]) for i in range(4)]
     assert min(sizes[:2]) > 5 * max(abs(v) for v in sizes[2:])
 

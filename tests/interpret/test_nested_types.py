@@ -202,7 +202,7 @@ def test_spaces_are_read_from_numbers_tuples_and_dictionaries() -> None:
     assert face == Interface(Product({"a": Finite(2), "b": Real()}), Product((Finite(3), Real(2))))
     assert hash(face) == hash(Interface({"a": 2, "b": Real()}, (3, Real(2))))
     assert str(face) == "(a: 2, b: R) y^(3 x R^2)"
-    assert str(Interface(Real(3))) == "R^3"
+    assert str(Interface(Real(3))) == "R^3 y"
     assert str(Interface((), Real())) == "y^R"
     with pytest.raises(TypeMismatch, match="is no space"):
         Interface("real")

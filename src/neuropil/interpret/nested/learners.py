@@ -26,7 +26,7 @@ from torch.func import functional_call, vjp
 
 from neuropil.errors import ModelError
 from neuropil.interpret.nested.lenses import Lens
-from neuropil.interpret.nested.machines import Machine
+from neuropil.interpret.nested.machines import Machine, repeated
 from neuropil.interpret.nested.organisations import (
     Chain,
     Computed,
@@ -34,8 +34,8 @@ from neuropil.interpret.nested.organisations import (
     Learn,
     Organisation,
     Replicated,
+    Tensored,
     fan_out,
-    replicate,
     restack,
     unstack,
 )
@@ -175,15 +175,18 @@ def neurons(
     vectorised: all at once by `torch.func.vmap`; otherwise as separate machines, side by side.
     """
     space, n = Real(layer.in_features), layer.out_features
-    units = [_Neuron(layer, j, activation) for j in range(n)]
-    single = [learner(unit, loss, lr, inputs=space, name="neuron") for unit in units]
-    if vectorised:
-        state = torch.utils._pytree.tree_map(lambda *rows: torch.stack(rows), *(one.state for one in single))
-        return Chain([Constant(fan_out(space, n)), Replicated(single[0], n, state)])
-    apart: Organisation = Chain([Constant(fan_out(space, n)), Constant(unstack(space, n))])
-    from neuropil.interpret.nested.organisations import organisations_side_by_side
 
-    return Chain([apart, organisations_side_by_side(tuple(single)), Constant(restack(Real(), n))])
+    def single(j: int) -> Organisation:
+        return learner(_Neuron(layer, j, activation), loss, lr, inputs=space, name="neuron")
+
+    if vectorised:
+        one = single(0)
+        state = repeated(one.state, n, one.name)
+        for part in state.values():
+            part |= {name: getattr(layer, name).detach().clone() for name in ("weight", "bias") if name in part}
+        return Chain([Constant(fan_out(space, n)), Replicated(one, n, state)])
+    apart = Chain([Constant(fan_out(space, n)), Constant(unstack(space, n))])
+    return Chain([apart, Tensored(tuple(single(j) for j in range(n))), Constant(restack(Real(), n))])
 
 
 class _Neuron(nn.Module):
@@ -191,8 +194,9 @@ class _Neuron(nn.Module):
 
     def __init__(self, layer: nn.Linear, j: int, activation: nn.Module | None) -> None:
         super().__init__()
-        self.weight = nn.Parameter(layer.weight[j].detach().clone())
-        self.bias = None if layer.bias is None else nn.Parameter(layer.bias[j].detach().clone())
+        self.weight = nn.Parameter(layer.weight[j].detach().clone(), layer.weight.requires_grad)
+        bias = layer.bias
+        self.bias = None if bias is None else nn.Parameter(bias[j].detach().clone(), bias.requires_grad)
         self.activation = activation or nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
@@ -244,13 +248,11 @@ def _check_gradient(out: Tensor, leaves: list[Tensor], name: str) -> None:
     slopes: Any = [None]
     if out.requires_grad:
         leaves = [leaf for leaf in leaves if leaf.requires_grad]
-        slopes = torch.autograd.grad((out * torch.randn_like(out)).sum(), leaves, allow_unused=True)
+        weights = torch.linspace(0.5, 1.5, out.numel(), dtype=out.dtype, device=out.device).reshape(out.shape)
+        slopes = torch.autograd.grad((out * weights).sum(), leaves, allow_unused=True)
     if not any(slope is not None and bool(slope.any()) for slope in slopes):
         raise ModelError(
             f"{name} is not differentiable: no gradient reaches its input, so it has nothing to request and a gradient "
             "organisation stops at it. Give it as a Lens with a `put` of your own (a straight-through one, say), or "
             "keep it outside, as a machine"
         )
-
-
-__all__ = ["LOGISTIC", "SQUARED", "Error", "Learner", "copier", "criterion", "learner", "neurons", "replicate"]

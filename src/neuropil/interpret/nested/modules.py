@@ -56,6 +56,3 @@ class Recurrent(_Held):
             state = close(given)
             shown.append(out)
         return stack(shown), state
-
-
-__all__ = ["Implement", "Recurrent"]

@@ -4,6 +4,7 @@ All ends of wires together carry vectors: x at the sources (outputs of boxes, in
 targets (inputs of boxes, outputs to outside), with W zero where there is no wire. Unlike constant wires, several may
 lead to one target, which gets the sum.
 
+>>> from neuropil.interpret.nested import oja
 >>> cell = Interface({"y": Real()}, {"u": Real()})
 >>> wires = [("a.y", "b.u", 0.5), ("in.u", "b.u"), ("in.v", "a.u"), ("b.y", "out.y")]
 >>> synapses = plastic({"a": cell, "b": cell}, wires, oja(0.01))
@@ -23,7 +24,7 @@ import torch
 from torch import Tensor
 
 from neuropil.interpret.nested.organisations import Computed, Learn
-from neuropil.interpret.nested.rules import Flow, Rule, oja
+from neuropil.interpret.nested.rules import Flow, Rule
 from neuropil.interpret.nested.spaces import UNIT, Interface, Product, Real, Space, TypeMismatch, side_by_side
 from neuropil.interpret.nested.wiring import (
     End,
@@ -112,7 +113,7 @@ class Plastic(Computed):
         def learn(outside: Any) -> tuple[Any, Any]:
             pre = torch.cat(_alike([here, self._vector(None, outside)]), -1)
             post = pre @ gain.T if noise is None else pre @ gain.T + noise
-            flow = Flow(pre, post, self._wanted(post, pre), self._value(self._reward, pre))
+            flow = Flow(pre, post, self._learns, self._wanted(post, pre), self._value(self._reward, pre))
             change, kept = self.rule.change(gain, state["rule"], flow)
             new = {"gain": gain + change * self._learns.to(gain.device), "rule": kept}
             return new, self._split(post[..., :within], outside=False)
@@ -136,7 +137,7 @@ class Plastic(Computed):
             value = outside if box == "in" else inside[box]
             value = torch.as_tensor(value if port is None else value[port])
             values.append(value.reshape(*space.batch(value), -1))  # type: ignore[attr-defined]
-        return torch.cat(_alike(values), -1) if values else torch.zeros(0)
+        return torch.cat(_alike(values), -1) if values else self.state["gain"].new_zeros(0)
 
     def _split(self, vector: Tensor, outside: bool) -> Any:
         """Values of the targets from their vector."""
@@ -303,6 +304,3 @@ def _alike(parts: list[Tensor]) -> list[Tensor]:
     """The parts with one batch, and of one type."""
     lead = max((part.shape[:-1] for part in parts), key=len)
     return [part.expand(*lead, part.shape[-1]) if part.shape[:-1] != lead else part for part in parts]
-
-
-__all__ = ["Plastic", "gains", "oja", "plastic"]

@@ -5,7 +5,7 @@ teacher, what was wanted there; and it may see a reward. Batches are averaged.
 
 >>> rule = hebbian(0.1)
 >>> gain = torch.tensor([[2.0]])
->>> rule.change(gain, rule.begin(gain), Flow(torch.tensor([1.0]), torch.tensor([2.0])))[0]
+>>> rule.change(gain, rule.begin(gain), Flow(torch.tensor([1.0]), torch.tensor([2.0]), gain > 0))[0]
 tensor([[0.2000]])
 """
 
@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 Slots = dict[str, Any]
@@ -25,10 +25,14 @@ Matrix = Float[Tensor, "targets sources"]
 
 @dataclass(frozen=True)
 class Flow:
-    """What passed in one step: at the sources, at the targets, what was wanted at the targets, and the reward."""
+    """What passed in one step: at the sources, at the targets, what was wanted at the targets, and the reward.
+
+    `wires` has True where a wire is that may learn.
+    """
 
     pre: Float[Tensor, "*batch sources"]
     post: Float[Tensor, "*batch targets"]
+    wires: Bool[Tensor, "targets sources"]
     wanted: Float[Tensor, "*batch targets"] | None = None  # equal to `post` where nobody teaches
     reward: Tensor | None = None
 
@@ -70,7 +74,8 @@ def oja(lr: float) -> Rule:
 def gradient(lr: float, normalised: bool = False) -> Rule:
     r"""Gradient descent on $|y - y_{wanted}|^2 / 2$ (the delta rule): $\Delta W = \eta\,(y_{wanted} - y) x^T$.
 
-    normalised: by $|x|^2$ of each example, so that any `lr` below 2 is stable (normalised least mean squares).
+    normalised: by $|x|^2$ of what reaches the target by wires that learn, so that any `lr` below 2 is stable
+    (normalised least mean squares).
     """
     _positive(lr=lr)
 
@@ -79,7 +84,7 @@ def gradient(lr: float, normalised: bool = False) -> Rule:
             return torch.zeros_like(gain), slots
         error = flow.wanted - flow.post
         if normalised:
-            error = error / (flow.pre.square().sum(-1, keepdim=True) + 1e-6)
+            error = error / _power(flow)
         return lr * outer(error, flow.pre), slots
 
     return Rule("gradient", _nothing, change, "teachers")
@@ -91,9 +96,9 @@ def reward_modulated(
     r"""Three factors: the targets are shaken by $\xi$ of size `noise`, and what was followed by reward is kept.
 
     $e \leftarrow \mathrm{trace}\; e + \xi x^T / \mathrm{noise}^2$, $\Delta W = \eta\,(R - \bar R)\, e$, where
-    $\bar R$ is a running mean of the reward with rate `baseline`. In the mean it ascends the reward. The next noise
-    is part of the state, drawn from `seed`, so a run can be repeated and resumed. Without a reward port, R is
-    -|y - y_wanted|^2 / 2 of the teachers.
+    $\bar R$ is a running mean of the reward with rate `baseline`, the first reward at first. In the mean it ascends the
+    reward. The next noise is part of the state, drawn from `seed`, so a run can be repeated and resumed. Without a
+    reward port, R is -|y - y_wanted|^2 / 2 of the teachers. `normalised`: as in `gradient`.
     """
     _positive(lr=lr, trace=trace, baseline=baseline)
     if noise <= 0:
@@ -112,13 +117,12 @@ def reward_modulated(
         if reward is None:
             assert flow.wanted is not None
             reward = -(flow.wanted - flow.post).square().sum(-1) / 2
-        surprise = reward.mean() - slots["expected"]
-        pre = flow.pre / (flow.pre.square().sum(-1, keepdim=True) + 1e-6) if normalised else flow.pre
-        mean = pre.flatten(0, -2).mean(0) if pre.ndim > 1 else pre
-        tried = trace * slots["trace"] + slots["noise"][:, None] * mean / noise**2
-        count = slots["count"] + 1
+        expected = torch.where(slots["count"] == 0, reward.mean(), slots["expected"])
+        surprise, count = reward.mean() - expected, slots["count"] + 1
+        shaken = slots["noise"].expand_as(flow.post) / (_power(flow) if normalised else 1.0)
+        tried = trace * slots["trace"] + outer(shaken, flow.pre) / noise**2
         kept = {"noise": draw(gain, int(count)), "trace": tried, "count": count}
-        return lr * surprise * tried, {**kept, "expected": slots["expected"] + baseline * surprise}
+        return lr * surprise * tried, {**kept, "expected": expected + baseline * surprise}
 
     return Rule("reward-modulated", begin, change, "reward")
 
@@ -127,6 +131,11 @@ def outer(post: Float[Tensor, "*batch m"], pre: Float[Tensor, "*batch n"]) -> Fl
     """The mean over the batch of post preᵀ."""
     rows = post.reshape(-1, post.shape[-1])
     return rows.T @ pre.reshape(-1, pre.shape[-1]) / len(rows)
+
+
+def _power(flow: Flow) -> Float[Tensor, "*batch targets"]:
+    """Of what reaches each target by wires that learn."""
+    return flow.pre.square() @ flow.wires.to(flow.pre).T + 1e-6
 
 
 def _nothing(gain: Tensor) -> Slots:

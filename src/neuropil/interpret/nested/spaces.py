@@ -15,15 +15,12 @@ import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from neuropil.errors import NeuropilError
-
-if TYPE_CHECKING:
-    from neuropil.interpret.nested.lenses import Lens
 
 
 class TypeMismatch(NeuropilError, TypeError):  # noqa: N818 - reads as the sentence it is
@@ -221,9 +218,8 @@ class Interface:
     def __str__(self) -> str:
         if isinstance(self.in_, Dependent):
             return f"{self.out} outputs, each with its own inputs: {self.in_}"
-        shown = "" if self.out == UNIT and self.in_ != UNIT else _bracket(self.out, around=" x ")
-        taken = "" if self.in_ == UNIT else f"y^{_bracket(self.in_)}" if str(self.in_) != "1" else "y"
-        return " ".join(filter(None, (shown, taken)))
+        shown = "" if str(self.out) == "1" else f"{_bracket(self.out, around=' x ')} "
+        return f"{shown}y" if str(self.in_) == "1" else f"{shown}y^{_bracket(self.in_)}"
 
     def __repr__(self) -> str:
         return str(self)
@@ -245,7 +241,7 @@ class Lenses(Space):
         if not hasattr(value, "put") or (source, target) != (self.source, self.target):
             raise TypeMismatch(f"{where} is {_told(value)}; expected a lens {self.source} -> {self.target}")
 
-    def elements(self) -> Iterator[Lens]:
+    def elements(self) -> Iterator[Any]:
         from neuropil.interpret.nested.lenses import lenses
 
         return lenses(self.source, self.target)

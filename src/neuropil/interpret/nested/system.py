@@ -167,6 +167,12 @@ class NestedSystem:
         """The types of the system and of its parts, nested."""
         return tree(self.machine)
 
+    def svg(self, depth: int = 4, palette: str = "light") -> str:
+        """A drawing of the system, boxes opened `depth` levels deep; see `neuropil.interpret.nested.drawing`."""
+        from neuropil.interpret.nested.drawing import svg
+
+        return svg(self, depth, palette)
+
     def to_module(self) -> nn.Module:
         """As a torch module with its own copy of the current state.
 
@@ -212,6 +218,3 @@ class NestedSystem:
             what = "a wiring" if isinstance(self.machine.interface, Hom) else "a system of its own"
             raise TypeMismatch(f"{self.machine} is {what}, not an organisation: only those map an inside to an outside")
         return self.machine
-
-
-__all__ = ["NestedSystem", "System"]
