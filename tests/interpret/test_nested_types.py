@@ -57,7 +57,7 @@ def lens_of(draw: st.DrawFn, source: Interface, target: Interface) -> Lens:
 
 
 @given(chains(3))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 def test_composition_is_associative_and_has_identities(chain: list[Lens]) -> None:
     f, g, h = chain
     assert ((f >> g) >> h).table() == (f >> (g >> h)).table()
@@ -110,7 +110,7 @@ def test_lenses_of_other_types_do_not_compose() -> None:
 
 
 @given(small, small)
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 def test_lenses_are_counted_as_they_are_listed(p: Interface, q: Interface) -> None:
     exponents = {r: [r.directions(i).size for i in r.out.elements()] for r in (p, q)}
     formula = prod(sum(a**b for b in exponents[q]) for a in exponents[p])

@@ -146,7 +146,7 @@ class Plastic(Computed):
         for (box, port), (space, where) in self.layout.targets.items():
             if (box == "out") == outside:
                 part = vector[..., where.start - start : where.stop - start]
-                found[box][port] = part.reshape(*part.shape[:-1], *space.shape)  # type: ignore[attr-defined]
+                found[box][port] = part.reshape((*part.shape[:-1], *space.shape))  # type: ignore[attr-defined]
         values = {box: parts.get(None, parts) for box, parts in found.items()}
         return values["out"] if outside else values
 
