@@ -415,11 +415,11 @@ def test_what_machines_show_and_take_is_checked() -> None:
 
 
 def test_linear_systems_are_those_of_scipy() -> None:
-    A, B, C = [[0.0, 1.0], [-2.0, -0.3]], [[0.0], [1.0]], [[1.0, 0.5]]
+    A, B, C = np.array([[0.0, 1.0], [-2.0, -0.3]]), np.array([[0.0], [1.0]]), np.array([[1.0, 0.5]])
     u = np.random.default_rng(0).normal(size=60)
     continuous = signal.StateSpace(A, B, C, [[0.0]])
     shown = lti(continuous, 0.1).run({"u": torch.as_tensor(u)}).outputs["y"]
-    discrete = signal.cont2discrete((A, B, C, [[0.0]]), 0.1)
+    discrete = signal.cont2discrete((A, B, C, np.zeros((1, 1))), 0.1)
     _, expected, _ = signal.dlsim(discrete, u)
     np.testing.assert_allclose(shown, expected[:, 0], rtol=1e-10, atol=1e-12)
     transfer = signal.TransferFunction([1.0], [1.0, -0.5, 0.2], dt=True)

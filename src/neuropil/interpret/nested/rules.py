@@ -121,8 +121,13 @@ def reward_modulated(
         surprise, count = reward.mean() - expected, slots["count"] + 1
         shaken = slots["noise"].expand_as(flow.post) / (_power(flow) if normalised else 1.0)
         tried = trace * slots["trace"] + outer(shaken, flow.pre) / noise**2
-        kept = {"noise": draw(gain, int(count)), "trace": tried, "count": count}
-        return lr * surprise * tried, {**kept, "expected": expected + baseline * surprise}
+        after = expected + baseline * surprise
+        return lr * surprise * tried, {
+            "noise": draw(gain, int(count)),
+            "trace": tried,
+            "expected": after,
+            "count": count,
+        }
 
     return Rule("reward-modulated", begin, change, "reward")
 
