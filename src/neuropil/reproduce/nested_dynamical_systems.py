@@ -294,7 +294,7 @@ def grown_wires(seed: int, count: int, cells: int = 8) -> list[Measurement]:
     wires = [("in.spikes", "cells"), ("cells", "cells", start), ("cells", "out.spikes")]
     parts = {"cells": delay(Real(cells), torch.zeros(cells, dtype=torch.float64))}
     found = []
-    for name, rule in ((CONSTANT, hebbian(0.0)), (HEBBIAN, hebbian(0.005, decay=2.5))):
+    for name, rule in ((CONSTANT, hebbian(0.0)), (HEBBIAN, hebbian(0.005, decay=10.0))):
         system = System(parts, wires, rule, learning=[("cells", "cells")], dtype=torch.float64)
         gain = gains(system.around, system.run({"spikes": stimulus}).state[1])["cells", "cells"]
         same = torch.block_diag(*[torch.ones(half, half)] * 2).bool()
