@@ -12,7 +12,7 @@ import sys
 from neuropil.cli.app import INTERRUPTED, app
 
 # Importing a module registers its commands.
-from neuropil.cli import atlas, clamp, compare, compress, coverage, diff, law, papers, reproduce, show  # noqa: F401  isort: skip
+from neuropil.cli import atlas, clamp, compare, compress, coverage, diagram, diff, law, papers, reproduce, show  # noqa: F401  isort: skip
 
 __all__ = ["app", "main"]
 

@@ -36,6 +36,7 @@ ORDER = [
     "compare",
     "compress",
     "coverage",
+    "diagram",
     "law",
     "papers",
     "reproduce",

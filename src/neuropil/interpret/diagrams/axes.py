@@ -1,7 +1,7 @@
 """Axes, arrays and signatures: the types of the language.
 
-An axis is a named finite set of a size, a number or an expression in symbols; an array is a list of axes, written with
-spaces; a tuple of arrays is written with commas. A size may stand in place: `"y=20 k"`. An axis without one
+An axis is a named finite set of a size, a number or an expression in symbols; an array is a list of axes, written
+with spaces; a tuple of arrays is written with commas. A size may stand in place: `"y=20 k"`. An axis without one
 has a size of its own name. `1` is the array without axes, a number; nothing at all is the empty tuple.
 
 >>> dom, cod = signature("y k h, x k h -> y x h")

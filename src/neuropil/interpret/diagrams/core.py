@@ -88,6 +88,8 @@ class Op:
             raise DiagramError(
                 f"{self.name or self.kind} cannot be broadcast over {new.name!r}, which it has; rename it"
             )
+        if self.kind in ("aten", "opaque", "vjp") or (self.kind == "concat" and not all(carried)):
+            raise DiagramError(f"{self.name or self.kind} cannot be broadcast over {new.name!r}: no rule for it")
         dom = tuple(a.with_axis(new, at) if yes else a for a, yes in zip(self.dom, carried, strict=True))
         if self.body is not None:
             body = self.body.lift(new, carried=carried, at=at)
@@ -122,7 +124,7 @@ class Wire:
     def __add__(self, other: Wire) -> Wire:
         from neuropil.interpret.diagrams.library import add
 
-        return add(self, other)  # type: ignore[return-value]
+        return add(self, other)
 
 
 @dataclass(frozen=True)
@@ -261,12 +263,6 @@ class Diagram:
 
         return Compiled(self.sized(**sizes) if sizes else self, weights, seed)
 
-    def source(self, name: str = "Net") -> str:
-        """The diagram as the text of a PyTorch module."""
-        from neuropil.interpret.diagrams.source import source
-
-        return source(self, name)
-
     def cost(self, **sizes: Any) -> Cost:
         """Operations and memory, as numbers or as polynomials in the sizes that are not known."""
         from neuropil.interpret.diagrams.cost import cost
@@ -330,6 +326,7 @@ class Builder:
         self.count = len(self.arrays)
         self.steps: list[Step] = []
         self.known = sizes_of(self.arrays)
+        self.bound: dict[Any, Any] = {}  # of the symbols, those whose size is known
         self._bind(self.known)
         self.inputs = [Wire(i, self) for i in range(self.count)]
 
@@ -342,9 +339,10 @@ class Builder:
 
     def put(self, diagram: Diagram, wires: Sequence[Wire]) -> list[Wire]:
         """All of a diagram, reading these wires."""
-        bound = bindings(self.known, diagram.sizes)
-        diagram = diagram._bound(bound)
-        self._bind({s.name: size for s, size in bound.items()})
+        diagram = diagram._bound(self.bound)
+        fresh = bindings(self.known, diagram.sizes)
+        diagram = diagram._bound(fresh)
+        self._bind({s.name: size for s, size in fresh.items()} | diagram.sizes)
         self.known |= diagram.sizes
         check_fit(tuple(w.array for w in wires), diagram.dom, "what is applied")
         here = list(wires)
@@ -355,11 +353,12 @@ class Builder:
     def _bind(self, sizes: Mapping[str, Any]) -> None:
         """What was free and is now known, in all that has been put so far."""
         new = {symbol(name): size for name, size in sizes.items() if not Axis(name, size).free}
-        if not new or not any(not isinstance(a, int) for arr in self.arrays for a in arr.shape):
-            return
-        inside = Diagram(tuple(self.arrays[: self.count]), tuple(self.steps), ())._bound(new)
-        self.arrays, self.steps = list(inside.wires), list(inside.steps)
-        self.known = {name: as_size(sympy.sympify(size).subs(new)) for name, size in self.known.items()}
+        new = {name: size for name, size in new.items() if name not in self.bound}
+        if new:
+            self.bound |= new
+            inside = Diagram(tuple(self.arrays[: self.count]), tuple(self.steps), ())._bound(new)
+            self.arrays, self.steps = list(inside.wires), list(inside.steps)
+            self.known = {name: as_size(sympy.sympify(size).subs(new)) for name, size in self.known.items()}
 
     def finish(self, outputs: Sequence[Wire]) -> Diagram:
         """The diagram, its steps in the canonical order and those that nothing reads left out."""

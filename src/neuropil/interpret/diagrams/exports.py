@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Container
 
 from neuropil.interpret.diagrams.axes import Array, written
-from neuropil.interpret.diagrams.core import Diagram, Step, join
+from neuropil.interpret.diagrams.core import Diagram, Step
 from neuropil.interpret.diagrams.fold import folded
 from neuropil.interpret.diagrams.items import titles
-from neuropil.interpret.diagrams.layout import draw
+from neuropil.interpret.diagrams.layout import draw, shows
 from neuropil.interpret.diagrams.shapes import Dot, Group, Label, Path, Rect, Shape
 
 
@@ -32,7 +32,7 @@ def _describe(diagram: Diagram, depth: int, prefix: str, lines: list[str]) -> No
     for number, step in enumerate(shown, 1):
         place = f"{prefix}{number}."
         lines.append(f"{place} {_sentence(diagram, step, sources)}")
-        if step.op.body is not None and depth > 1:
+        if step.op.body is not None and depth > 1 and shows(step.op):
             _describe(step.op.body, depth - 1, place, lines)
 
 
@@ -47,7 +47,7 @@ def _sentence(diagram: Diagram, step: Step, sources: dict[int, Step]) -> str:
     title, small = titles(op, weights)
     if op.kind == "einsum" and not weights:
         title = _linear(dom, op.cod[0])
-    said = f"learned {title}" if weights else title
+    said = f"learned {title}" if any(w.option("trainable", True) for w in weights) else title
     if small:
         said += f" ({small})"
     if op.option("repeat"):
@@ -106,7 +106,7 @@ def _mermaid(diagram: Diagram, names: dict[int, str], depth: int, prefix: str, p
         title, small = titles(step.op, weights)
         repeat = f" ×{step.op.option('repeat')}" if step.op.option("repeat") else ""
         text = (title + (f" {small}" if small else "") + repeat).replace('"', "'")
-        if step.op.body is not None and depth > 1:
+        if step.op.body is not None and depth > 1 and shows(step.op):
             out.append(f'{pad}subgraph {node}["{text}"]')
             inside = {i: names[w] for i, w in enumerate(step.ins) if w in names}
             ends = _mermaid(step.op.body, inside, depth - 1, f"{node}_", pad + "  ", out)
@@ -114,9 +114,8 @@ def _mermaid(diagram: Diagram, names: dict[int, str], depth: int, prefix: str, p
             names |= dict(zip(step.outs, ends, strict=True))
             continue
         out.append(f'{pad}{node}[["{text}"]]' if weights else f'{pad}{node}["{text}"]')
-        for wire in step.ins:
-            if wire not in sources:
-                out.append(f'{pad}{names[wire]} -- "{diagram.wires[wire]}" --> {node}')
+        read = [wire for wire in step.ins if wire not in sources]
+        out += [f'{pad}{names[wire]} -- "{diagram.wires[wire]}" --> {node}' for wire in read]
         names |= dict.fromkeys(step.outs, node)
     return [names[w] for w in diagram.outputs]
 
@@ -140,9 +139,7 @@ def tikz(
     shown = folded(diagram) if fold else diagram
     drawing = draw(shown, lambda module, level: level < depth or module in opened, width)
     out = [r"\begin{tikzpicture}[x=0.75pt, y=-0.75pt, line width=0.6pt]"]
-    for shape in drawing.walk():
-        if not isinstance(shape, Group):
-            out.append("  " + _tikz(shape))
+    out += ["  " + _tikz(shape) for shape in drawing.walk() if not isinstance(shape, Group)]
     return "\n".join([*out, r"\end{tikzpicture}", ""])
 
 

@@ -1,7 +1,8 @@
 """The functions of one number and of several that elementwise boxes apply, with their derivatives.
 
-`code` is the text of the value in PyTorch; {0}, {1} are the arguments and {n} the box's own number. `slopes` has, for
-each argument, the text of its gradient from the arguments, the box's value {y} and the gradient {g} of that value.
+`code` is the text of the value in PyTorch; {0}, {1} are the arguments and {n} the box's own number. `slopes` has,
+for each argument, the text of its gradient from the arguments, the box's value {y} and the gradient {g} of that
+value.
 """
 
 from __future__ import annotations

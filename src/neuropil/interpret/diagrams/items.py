@@ -1,7 +1,8 @@
 """How one box is drawn: its glyph, and where the wires of each array enter and leave.
 
-An item knows its size and the heights of its ports; it is drawn at (0, 0) and moved. Axes that a box is broadcast over run
-past it, above or below, where the order of the axes lets them; else they are drawn through it, thin.
+An item knows its size and the heights of its ports; it is drawn at the origin and moved. Axes that a box is
+broadcast over run past it, above or below, where the order of the axes lets them; else they are drawn through it,
+thin.
 """
 
 from __future__ import annotations
@@ -72,7 +73,7 @@ def short(number: object) -> str:
 def titles(op: Op, weights: Sequence[Op]) -> tuple[str, str]:
     """What stands in the box, and below it in small."""
     named = ", ".join(w.name.rsplit("/", 1)[-1].removesuffix(".weight") for w in weights)
-    if op.kind == "elementwise":
+    if op.kind == "elementwise" or (op.kind == "aten" and op.name in FUNCTIONS):
         function, number = FUNCTIONS.get(op.name), op.option("number")
         symbol = (function.symbol if function else "") or op.name
         shown = symbol if number is None else f"{symbol} {short(number)}"
@@ -88,7 +89,7 @@ def titles(op: Op, weights: Sequence[Op]) -> tuple[str, str]:
     if op.kind == "block":
         name = op.name if "last" not in dict(op.options) else f"{op.name} … {op.option('last')}"
         return name.removeprefix("/"), str(op.option("role", ""))
-    return op.name or op.kind, str(op.option("role", "")) or named
+    return op.name.removeprefix("/") or op.kind, str(op.option("role", "")) or named
 
 
 def _affine(op: Op) -> str:
@@ -142,9 +143,10 @@ def _style(op: Op, weights: Sequence[Op]) -> str:
         learned = any(inner.kind == "weight" for _, inner in (op.body.walk() if op.body else ()))
         single = op.body is not None and sum(s.op.kind != "weight" for s in op.body.steps) <= 2
         return "learned" if learned and single else "block"
-    if op.kind == "weight" or weights:
+    if op.kind == "weight" or any(w.option("trainable", True) for w in weights):
         return "learned"
-    return "pill" if op.kind == "elementwise" else "box"
+    everywhere = op.kind == "aten" and bool(op.cod) and set(op.cod[0].names) <= set(op.over)
+    return "pill" if op.kind == "elementwise" or everywhere else "box"
 
 
 def _box(op: Op, weights: Sequence[Op], dom: Sequence[Array], module: str) -> Item:
@@ -153,10 +155,10 @@ def _box(op: Op, weights: Sequence[Op], dom: Sequence[Array], module: str) -> It
     above = _common(dom[0].names, cod[0].names, free, [*dom[1:], *cod[1:]]) if dom and cod else 0
     below = 0
     if dom and cod:
-        ends = [dom[-1].names, cod[-1].names]
+        last, final = dom[-1].names, cod[-1].names
         if len(dom) == len(cod) == 1:
-            ends = [names[above:] for names in ends]
-        below = _common(ends[0][::-1], ends[1][::-1], free, [*dom[:-1], *cod[:-1]])
+            last, final = last[above:], final[above:]
+        below = _common(last[::-1], final[::-1], free, [*dom[:-1], *cod[:-1]])
     title, small = titles(op, weights)
     style = _style(op, weights)
     repeat = op.option("repeat")
@@ -170,15 +172,14 @@ def _box(op: Op, weights: Sequence[Op], dom: Sequence[Array], module: str) -> It
     ins = _ports(dom, core_in, above, below, top, inside)
     outs = _ports(cod, core_out, above, below, top, inside)
     shapes: list[Shape] = []
-    for number in range(above):
-        shapes.append(wire([(0, ins[0][number]), (wide, outs[0][number])], dom[0], number))
-    for number in range(1, below + 1):
-        shapes.append(wire([(0, ins[-1][-number]), (wide, outs[-1][-number])], dom[-1], len(dom[-1].axes) - number))
+    shapes += [wire([(0.0, ins[0][n]), (wide, outs[0][n])], dom[0], n) for n in range(above)]
+    ends = range(-1, -below - 1, -1)
+    shapes += [wire([(0.0, ins[-1][n]), (wide, outs[-1][n])], dom[-1], len(dom[-1].axes) + n) for n in ends]
     high = max(text, inside)
     start = top + (inside - high) / 2
     if repeat:
-        shapes.append(Rect(3, start + 3, wide, high, style))
-    shapes.append(Rect(0, start, wide, high, style))
+        shapes.append(Rect(3.0, start + 3, wide, high, style))
+    shapes.append(Rect(0.0, start, wide, high, style))
     middle = top + inside / 2
     centre = wide / 2 - (13.0 if repeat else 0.0)
     shapes.append(Label(centre, middle + (4.0 if not small else -2.0), title, "title"))
@@ -241,7 +242,7 @@ def _einsum(op: Op, dom: Sequence[Array], module: str) -> Item:
         shapes += _index(name, starts, ends, wide)
     for i, a in enumerate(dom):
         if not a.axes:
-            shapes.append(Path(((0, ins[i][0]), (wide / 2, ins[i][0])), "unit"))
+            shapes.append(Path(((0.0, ins[i][0]), (wide / 2, ins[i][0])), "unit"))
     if not op.cod[0].axes:
         shapes.append(Path(((wide / 2, outs[0][0]), (wide, outs[0][0])), "unit"))
     return Item(wide, total, ins, outs, shapes, module, _tooltip(op, "einsum", module))
@@ -252,15 +253,21 @@ def _index(name: str, starts: list[float], ends: list[float], wide: float) -> li
         return Path(points, "wire", name, True, True)
 
     if len(starts) == 1 and ends:
-        return [line((0, starts[0]), (wide, ends[0]))]
+        return [line((0.0, starts[0]), (wide, ends[0]))]
     if len(starts) == 2 and not ends:
         middle = sum(starts) / 2
         return [
-            line((0, starts[0]), (0.3 * wide, starts[0]), (0.6 * wide, middle), (0.3 * wide, starts[1]), (0, starts[1]))
+            line(
+                (0.0, starts[0]),
+                (0.3 * wide, starts[0]),
+                (0.6 * wide, middle),
+                (0.3 * wide, starts[1]),
+                (0.0, starts[1]),
+            )
         ]
     middle = ends[0] if ends else sum(starts) / len(starts)
     node = 0.55 * wide
-    shapes: list[Shape] = [line((0, y), (node, middle)) for y in starts]
+    shapes: list[Shape] = [line((0.0, y), (node, middle)) for y in starts]
     shapes += [line((node, middle), (wide, y)) for y in ends]
     return [*shapes, Dot(node, middle, 3.0 if ends else 4.0)]
 
@@ -275,9 +282,9 @@ def fence(op: Op, inside: Item, module: str) -> Item:
     shift = (wide - inside.width) / 2
     down = [[[y + head for y in group] for group in side] for side in (inside.ins, inside.outs)]
     total = inside.height + head + pad
-    shapes: list[Shape] = [Rect(0, 4.0, wide, total - 4.0, "fence"), Label(MARGIN, 16.5, text, "small", "start")]
+    shapes: list[Shape] = [Rect(0.0, 4.0, wide, total - 4.0, "fence"), Label(MARGIN, 16.5, text, "small", "start")]
     for a, group in zip(op.dom, down[0], strict=True):
-        shapes += [wire([(0, y), (shift, y)], a, i) for i, y in enumerate(group)]
+        shapes += [wire([(0.0, y), (shift, y)], a, i) for i, y in enumerate(group)]
     for a, group in zip(op.cod, down[1], strict=True):
         shapes += [wire([(shift + inside.width, y), (wide, y)], a, i) for i, y in enumerate(group)]
     from neuropil.interpret.diagrams.shapes import moved

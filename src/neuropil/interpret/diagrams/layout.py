@@ -1,17 +1,18 @@
 """Where everything stands: columns of boxes from left to right, wires between them, rows when a line is full.
 
-A column is a set of boxes that run at one time, and the arrays that wait. Between two columns wires go on straight, branch
-(a copy) or change places (a swap); they cross nowhere else. A row that is full ends, and the next begins with the arrays
-that are alive, named again.
+A column is a set of boxes that run at one time, and the arrays that wait. Between two columns wires go on straight,
+branch (a copy) or change places (a swap); they cross nowhere else. A row that is full ends, and the next begins
+with the arrays that are alive, named again.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 from neuropil.interpret.diagrams.axes import Array
-from neuropil.interpret.diagrams.core import Diagram, Step, join
+from neuropil.interpret.diagrams.core import Diagram, Op, Step, join
 from neuropil.interpret.diagrams.items import GAP, Item, fence, item, through, wire, written
 from neuropil.interpret.diagrams.shapes import Dot, Drawing, Group, Label, Path, Shape, moved, width
 
@@ -73,7 +74,7 @@ def _columns(diagram: Diagram, path: str, depth: int, opened: Callable[[str, int
             uses[i] = uses.get(i, 0) + 1
     for i in diagram.outputs:
         uses[i] = uses.get(i, 0) + 1
-    live = [i for i in range(len(diagram.inputs))]
+    live = list(range(len(diagram.inputs)))
     columns = [Column([Slot(through(diagram.wires[i], enters=False), [], [i]) for i in live])]
     while left:
         chosen = _ready(left, set(live), absorbed)
@@ -81,16 +82,15 @@ def _columns(diagram: Diagram, path: str, depth: int, opened: Callable[[str, int
         slots = []
         for step in chosen:
             ins = [i for i in step.ins if i not in absorbed]
-            if step.op.kind == "elementwise" and step.op.name in ("add", "mul"):
+            if step.op.kind in ("elementwise", "aten") and step.op.name in ("add", "mul"):
                 ins.sort(key=place.__getitem__)
             glyph = _glyph(diagram, step, ins, absorbed, path, depth, opened, room)
             key = sum(place[i] for i in ins) / len(ins) if ins else _where(diagram, step, place)
             slots.append(Slot(glyph, ins, list(step.outs), key))
             for i in step.ins:
                 uses[i] = uses.get(i, 0) - 1
-        for w in live:
-            if uses.get(w, 0) > 0:
-                slots.append(Slot(through(diagram.wires[w]), [w], [w], place[w] - 0.25, passing=True))
+        waiting = [w for w in live if uses.get(w, 0) > 0]
+        slots += [Slot(through(diagram.wires[w]), [w], [w], place[w] - 0.25, passing=True) for w in waiting]
         slots.sort(key=lambda slot: slot.key)
         columns.append(Column(slots))
         live = [w for slot in slots for w in slot.outs]
@@ -99,24 +99,26 @@ def _columns(diagram: Diagram, path: str, depth: int, opened: Callable[[str, int
     return [*columns, Column(ends, named=False)]
 
 
+def shows(op: Op) -> bool:
+    """Whether a block is worth opening: one box alone says no more than the block."""
+    inside = [] if op.body is None else [s.op for s in op.body.steps if s.op.kind != "weight"]
+    return not op.option("group") and (len(inside) > 1 or any(o.body is not None for o in inside))
+
+
 def _absorbed(diagram: Diagram) -> tuple[dict[int, Step], list[Step]]:
     """Weights that are drawn inside the one box that reads them, and the steps that are left."""
     readers: dict[int, list[Step]] = {}
     for step in diagram.steps:
         for i in step.ins:
             readers.setdefault(i, []).append(step)
-    inside = {}
-    for step in diagram.steps:
-        if step.op.kind == "weight" and step.outs[0] not in diagram.outputs:
-            if all(any(_fed(diagram, i) for i in r.ins if i != step.outs[0]) for r in readers.get(step.outs[0], [])):
-                inside[step.outs[0]] = step
+    weights = {s.outs[0]: s for s in diagram.steps if s.op.kind == "weight"}
+    inside = {
+        wire_: step
+        for wire_, step in weights.items()
+        if wire_ not in diagram.outputs
+        and all(any(i not in weights for i in reader.ins) for reader in readers.get(wire_, []))
+    }
     return inside, [s for s in diagram.steps if not (s.outs and s.outs[0] in inside)]
-
-
-def _fed(diagram: Diagram, wire_: int) -> bool:
-    """Whether a wire is an input or comes from a box that is no weight."""
-    maker = next((s for s in diagram.steps if wire_ in s.outs), None)
-    return maker is None or maker.op.kind != "weight"
 
 
 def _ready(left: Sequence[Step], live: set[int], absorbed: dict[int, Step]) -> list[Step]:
@@ -127,7 +129,7 @@ def _ready(left: Sequence[Step], live: set[int], absorbed: dict[int, Step]) -> l
 
     sources = {s.outs[0]: s for s in left if not {i for i in s.ins if i not in absorbed} and s.outs}
     chosen = [s for s in left if not needs(s) and s.outs[0] not in sources]
-    wanted = {i for s in left for i in [needs(s)] if i and i <= sources.keys() for i in i}
+    wanted = {w for s in left if (missing := needs(s)) and missing <= sources.keys() for w in missing}
     return [*chosen, *(s for w, s in sources.items() if w in wanted or not chosen)]
 
 
@@ -136,7 +138,7 @@ def _where(diagram: Diagram, step: Step, place: dict[int, float]) -> float:
     reader = next((s for s in diagram.steps if step.outs[0] in s.ins), None)
     near = [] if reader is None else [(i, place[i]) for i in reader.ins if i in place]
     if not near or reader is None:
-        return len(place)
+        return float(len(place))
     after = [p for i, p in near if reader.ins.index(i) < reader.ins.index(step.outs[0])]
     return max(after) + 0.4 if after else min(p for _, p in near) - 0.4
 
@@ -152,9 +154,9 @@ def _glyph(
     room: float,
 ) -> Item:
     op, dom = step.op, [diagram.wires[i] for i in ins]
-    module = join(path, op.name) if op.kind in ("block", "opaque") else path
-    if op.body is not None and opened(module, depth + 1):
-        return fence(op, _level(op.body, module, depth + 1, opened, room - 44.0), module)
+    module = path if op.option("group") or op.kind not in ("block", "opaque") else join(path, op.name)
+    if op.body is not None and shows(op) and opened(module, depth + 1):
+        return fence(op, _level(op.body, module, depth + 1, opened, max(room - 110.0, 320.0)), module)
     return item(op, [absorbed[i].op for i in step.ins if i in absorbed], dom, module)
 
 
@@ -238,7 +240,8 @@ def _name(a: Array, number: int) -> tuple[str, str]:
     if not a.axes:
         return "1", ""
     one = a.axes[number]
-    return one.name, "" if one.free else written(one.size)
+    size = "" if one.free else written(one.size)
+    return one.name, "" if one.name.endswith(size) else size
 
 
 def _label_room(diagram: Diagram, column: Column) -> float:
@@ -341,7 +344,7 @@ def _separators(column: Column) -> list[Shape]:
     """Dashed lines between the arrays of a tuple, beside the boxes of the column."""
     shapes: list[Shape] = []
     if column.width:
-        for a, b in zip(column.slots, column.slots[1:], strict=False):
+        for a, b in pairwise(column.slots):
             y = (a.y + a.item.height + b.y) / 2
             shapes.append(Path(((column.x, y), (column.x + column.width, y)), "separator"))
     return shapes
@@ -385,7 +388,7 @@ def _join(diagram: Diagram, before: Column, column: Column) -> list[Shape]:
 def _crossing(pairs: Sequence[tuple[float, float]]) -> bool:
     """Whether any two of these wires cross: their order on the left is not that on the right."""
     by_end = [a for a, _ in sorted(pairs, key=lambda pair: pair[1])]
-    return any(a > b + 0.5 for a, b in zip(by_end, by_end[1:], strict=False))
+    return any(a > b + 0.5 for a, b in pairwise(by_end))
 
 
 def _row_end(diagram: Diagram, column: Column) -> list[Shape]:

@@ -1,7 +1,7 @@
 """The boxes: linear maps of indices, functions of numbers, softmax, windows, learned maps.
 
-Boxes with a full signature (`einsum`, `box`) are strict: what comes before must give these very arrays. The others are
-polymorphic: they name the axes that they work on and run over all others.
+Boxes with a full signature (`einsum`, `box`) are strict: what comes before must give these very arrays. The others
+are polymorphic: they name the axes that they work on and run over all others.
 
 >>> scores = einsum("y k, x k -> y x") >> scale("1/sqrt(k)") >> softmax("x")
 >>> str(scores)
@@ -15,7 +15,16 @@ from typing import Any
 
 import sympy
 
-from neuropil.interpret.diagrams.axes import Array, Axis, DiagramError, array, expression, signature, symbol
+from neuropil.interpret.diagrams.axes import (
+    Array,
+    Axis,
+    DiagramError,
+    array,
+    expression,
+    same_size,
+    signature,
+    symbol,
+)
 from neuropil.interpret.diagrams.core import Builder, Diagram, Op, Polymorphic, build, of
 from neuropil.interpret.diagrams.functions import FUNCTIONS, arguments
 
@@ -82,7 +91,7 @@ def transpose(axes: str) -> Polymorphic:
 
 
 def elementwise(name: str, number: Any = None) -> Polymorphic:
-    """A function of single numbers, run over all axes; the axes of a smaller argument are among those of the largest."""
+    """A function of single numbers, run over all axes; a smaller argument has some axes of the largest."""
     if name not in FUNCTIONS:
         raise DiagramError(f"no function {name!r}; there are {', '.join(FUNCTIONS)}")
     if isinstance(number, str):
@@ -110,7 +119,8 @@ def elementwise_op(name: str, given: Sequence[Array], options: Any = None) -> Op
                 )
             if one != whole[one.name]:
                 raise DiagramError(
-                    f"{name}: axis {one.name!r} has size {one.size} in one argument and {whole[one.name].size} in another"
+                    f"{name}: axis {one.name!r} has size {one.size} in one argument "
+                    f"and {whole[one.name].size} in another"
                 )
     return Op(
         "elementwise", tuple(given), (Array(whole.axes),), tuple(sorted(whole.names)), options or (("name", name),)
@@ -252,12 +262,16 @@ def merge(text: str) -> Polymorphic:
 
 
 def _equal(whole: Axis, parts: Axis, who: str) -> dict[Any, Any]:
-    from neuropil.interpret.diagrams.axes import same_size
-
+    """What must be known for an axis to be as large as its parts together."""
     if same_size(whole.size, parts.size):
         return {}
     if whole.free:
         return {symbol(whole.name): parts.size}
+    if not isinstance(parts.size, int) and len(parts.size.free_symbols) == 1:
+        (unknown,) = parts.size.free_symbols
+        one = sympy.sympify(whole.size) / parts.size.coeff(unknown)
+        if one.is_Integer or not isinstance(whole.size, int):
+            return {unknown: int(one) if one.is_Integer else one}
     raise DiagramError(f"{who}: axis {whole.name!r} of size {whole.size} for parts of size {parts.size} in all")
 
 
@@ -333,14 +347,14 @@ def linear(text: str, name: str, bias: bool = True) -> Polymorphic:
     """
     dom, cod = signature(text)
     old, new = dom[0], cod[0]
+    if set(new.names) & set(old.names):
+        raise DiagramError(f"linear {name}: {text!r} has an axis on both sides; give the output's another name")
 
     def make(a: Array) -> Diagram:
         _has(a, old.names, f"linear {name}")
         to = _in_place(a, old.names, new.axes)
         here = Array(tuple(a[n] for n in old.names))
         w = Array((*new.axes, *here.axes))
-        if set(new.names) & set(old.names):
-            raise DiagramError(f"linear {name}: {text!r} has an axis on both sides; give the output's another name")
 
         def apply(x: Any) -> Any:
             builder: Builder = x.builder

@@ -175,7 +175,7 @@ def _bend(path: Path, number: int, x: float, y: float, to_x: float, to_y: float)
     else:
         middle = (x + to_x) / 2
         first, second = (middle, y), (middle, to_y)
-    return f"C{_number(first[0])} {_number(first[1])} {_number(second[0])} {_number(second[1])} {_number(to_x)} {_number(to_y)}"
+    return "C" + " ".join(_number(value) for value in (*first, *second, to_x, to_y))
 
 
 def _number(value: float) -> str:
