@@ -232,7 +232,8 @@ def memoryless(plant: Plant, seed: int, lr: float | None = None) -> Tensor:
     trainer = NestedSystem(learner(net, lr=lr or RATE["memoryless"]))
     last = torch.stack([torch.zeros_like(plant.u), torch.zeros_like(plant.y)], 1)
     last[1:, 0], last[1:, 1] = plant.u[:-1], plant.y[:-1]
-    return trainer.run((last, plant.y[:, None]))[:, 0]  # type: ignore[no-any-return]
+    shown: Tensor = trainer.run((last, plant.y[:, None]))[:, 0]
+    return shown
 
 
 def gru(plant: Plant, seed: int, lr: float | None = None, window: int = 10) -> Tensor:

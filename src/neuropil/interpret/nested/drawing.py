@@ -19,6 +19,7 @@ from neuropil.interpret.nested.machines import Beside, Machine, Wrapped
 from neuropil.interpret.nested.organisations import Chain, Constant, Organisation, Tensored
 from neuropil.interpret.nested.plastic import Plastic
 from neuropil.interpret.nested.show import tree
+from neuropil.interpret.nested.spaces import Product
 from neuropil.interpret.nested.system import NestedSystem, System
 from neuropil.interpret.nested.wiring import End, Function, ports
 
@@ -83,7 +84,7 @@ def _leaf(part: Any, label: str) -> Glyph:
 
 def _synapse(part: Organisation, label: str) -> Glyph:
     """A box around other systems: values pass it to the right, requests to the left."""
-    types = f"{part.source.out} -> {part.target.out}"
+    types = f"{_brief(part.source.out)} -> {_brief(part.target.out)}"
     label = label if len(label) < 40 else f"{label[:37]}..."
     wide = max(width(label, "title"), width(types, "small")) + 24.0
     style = "block" if isinstance(part, Constant) else "learned"
@@ -94,6 +95,12 @@ def _synapse(part: Organisation, label: str) -> Glyph:
     )
     both = {"value": 16.0, "request": 36.0}
     return Glyph(wide, 52.0, (Group(shapes, label, str(part)),), both, both)
+
+
+def _brief(space: Any) -> str:
+    """A space, of many alike side by side only one and their number."""
+    parts = list(space.parts.values()) if isinstance(space, Product) and not space.named else []
+    return f"{len(parts)} x {parts[0]}" if len(parts) > 2 and len(set(map(str, parts))) == 1 else str(space)
 
 
 # --- composites --------------------------------------------------------------------------------------
@@ -122,16 +129,16 @@ def _two_way(start: float, end: float, middle: float) -> list[Shape]:
 
 
 def _stack(part: Tensored | Beside, depth: int) -> Glyph:
-    """Parts below one another; of many, the first two and the last."""
+    """Parts below one another, in a frame; of many, the first two and the last."""
     items = list(part.parts.items())
     hidden = len(items) - 3 if len(items) > ALIKE else 0
     shown = items[:2] + items[-1:] if hidden else items
     glyphs = [_glyph(inner, inner.name if name.isdigit() else name, depth - 1) for name, inner in shown]
-    wide = max(glyph.width for glyph in glyphs)
+    wide = max(glyph.width for glyph in glyphs) + 2 * PAD
     shapes: list[Shape] = []
     ins: dict[Any, float] = {}
     outs: dict[Any, float] = {}
-    y = 0.0
+    y = PAD
     for number, (glyph, (name, _)) in enumerate(zip(glyphs, shown, strict=True)):
         if hidden and number == 2:
             shapes.append(Label(wide / 2, y + 8.0, f"... {hidden} more", "small"))
@@ -140,7 +147,8 @@ def _stack(part: Tensored | Beside, depth: int) -> Glyph:
         ins |= {(name, port): y + at for port, at in glyph.ins.items()}
         outs |= {(name, port): y + at for port, at in glyph.outs.items()}
         y += glyph.height + 12.0
-    return Glyph(wide, y - 12.0, tuple(shapes), ins, outs)
+    high = y - 12.0 + PAD
+    return Glyph(wide, high, (Rect(0.0, 0.0, wide, high, "fence"), *shapes), ins, outs)
 
 
 def _wrapped(part: Wrapped, depth: int) -> Glyph:
@@ -173,7 +181,7 @@ def _system(system: System, label: str, depth: int) -> Glyph:
     sheet = _Sheet(glyphs, columns, edges)
     title = f"{label}, wires: {around.rule.name}" if learns else label
     wide = max(sheet.wide, width(title, "title") + 24.0)
-    shapes = [
+    shapes: list[Shape] = [
         Rect(0.0, 0.0, wide, sheet.high, "learned" if learns else "fence"),
         Label(12.0, 17.0, title, "title", "start"),
     ]
@@ -273,9 +281,10 @@ class _Sheet:
         names = [
             max((width(str(p), "small") for p in self.ports[s] if p is not None), default=0.0) for s in ("in", "out")
         ]
-        heights = [sum(self.glyphs[n].height + 16.0 for n in column) for column in self.columns]
+        tops = self._tops()
+        ends = [top + self.glyphs[name].height + 24.0 - HEAD for name, top in tops.items()]
         edge = PORT * max(len(self.ports["in"]), len(self.ports["out"]))
-        body = max([*heights, edge, 20.0])
+        body = max([*ends, edge, 20.0])
         self.corner: dict[str, tuple[float, float]] = {}
         self.gap: list[float] = []
         x = names[0] + 8.0
@@ -283,14 +292,29 @@ class _Sheet:
             self.gap.append(x + 8.0)
             x += 16.0 + TRACK * counts[number]
             wide = max((self.glyphs[n].width for n in column), default=0.0)
-            y = HEAD - 8.0 + (body - heights[number]) / 2 if column else 0.0
             for name in column:
-                self.corner[name] = (x + (wide - self.glyphs[name].width) / 2, y)
-                y += self.glyphs[name].height + 16.0
+                self.corner[name] = (x + (wide - self.glyphs[name].width) / 2, tops[name])
             x += wide
         self.lane = HEAD + body
         self.wide, self.high = x + names[1] + 12.0, self.lane + TRACK * len(self.lanes) + 4.0
         self._port_places(body)
+
+    def _tops(self) -> dict[str, float]:
+        """The height at which each box begins: where the wires from the column before it run straight, or below."""
+        tops: dict[str, float] = {}
+        for column in self.columns:
+            wish = {name: self._straight(name, tops) for name in column}
+            y = HEAD - 8.0
+            for name in sorted(column, key=lambda n: wish[n]):
+                tops[name] = y = max(y, wish[name])
+                y += self.glyphs[name].height + 16.0
+        return tops
+
+    def _straight(self, name: str, tops: dict[str, float]) -> float:
+        near = [(s, e) for s, e in self.edges if e[0] == name and s[0] in tops and not self._far((s, e))]
+        return max(
+            (tops[s[0]] + self.glyphs[s[0]].outs[s[1]] - self.glyphs[name].ins[e[1]] for s, e in near), default=0.0
+        )
 
     @property
     def _last(self) -> int:
@@ -307,8 +331,18 @@ class _Sheet:
             many = self.ports[side]
             for number, port in enumerate(many):
                 y = HEAD - 8.0 + body / 2 + PORT * (number + 0.5 - len(many) / 2)
+                y = y if side == "in" else self._free(y, port)
                 (self.at if side == "in" else self.end)[side, port] = (0.0 if side == "in" else self.wide, y)
         self.at |= {("out", port): place for (side, port), place in list(self.end.items()) if side == "out"}
+
+    def _free(self, y: float, port: Any) -> float:
+        """`y`, or lower where an output of the last column that goes elsewhere would be run over."""
+        own = {start for start, end in self.edges if end == ("out", port)}
+        last = self.columns[-1] if self.columns else []
+        taken = [at[1] for end, at in self.at.items() if end[0] in last and end not in own]
+        while any(abs(y - other) < TRACK - 1.0 for other in taken):
+            y += TRACK
+        return y
 
     def _wires(self) -> list[Shape]:
         found: list[Shape] = []

@@ -114,7 +114,8 @@ class Learner(Computed):
             out = functional_call(self.skeleton, {**params, **state["fixed"], **buffers}, a or (inside,))
             return out, buffers
 
-        out, pull, buffers = vjp(implement, params, *([inside] if real else []), has_aux=True)
+        computed: Any = vjp(implement, params, *([inside] if real else []), has_aux=True)
+        out, pull, buffers = computed
         batch = self.target.out.batch(out).numel()  # type: ignore[attr-defined]
 
         def learn(given: Tensor) -> tuple[Any, Any]:
@@ -224,7 +225,7 @@ def _checked_output(module: nn.Module, space: Space, name: str) -> tuple[int, ..
     """The shape of what comes out, without the batch; what cannot learn by gradients is refused."""
     probe = copy.deepcopy(module)
     parameter = next(iter(probe.parameters()), torch.zeros(()))
-    like = {"dtype": parameter.dtype, "device": parameter.device}
+    like: Any = {"dtype": parameter.dtype, "device": parameter.device}
     generator = torch.Generator().manual_seed(0)
     lead = (4,)
     if isinstance(space, Real):

@@ -136,7 +136,7 @@ def curry(lens: Lens, first: Interface, second: Interface) -> Lens:
 
 def uncurry(lens: Lens) -> Lens:
     """The inverse of `curry`."""
-    inner = lens.target
+    inner: Any = lens.target
     if not hasattr(inner, "source"):
         raise TypeMismatch(f"{lens.name} ends in {inner}; expected an internal hom [q, r]")
 

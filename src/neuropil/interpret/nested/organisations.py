@@ -154,7 +154,9 @@ class Chain(Computed):
     """
 
     def __init__(self, links: list[Organisation]) -> None:
-        flat = [link for part in links for link in (part.links if isinstance(part, Chain) else [part])]
+        flat: list[Organisation] = [
+            link for part in links for link in (part.links if isinstance(part, Chain) else [part])
+        ]
         for inner, outer in pairwise(flat):
             if inner.target != outer.source:
                 raise TypeMismatch(

@@ -49,7 +49,7 @@ class Function:
     def __init__(self, act: Callable[..., Any], inputs: Any, outputs: Any, name: str | None = None) -> None:
         self.act = act
         self.inputs, self.outputs = as_space(inputs), as_space(outputs)
-        self.name = name or getattr(act, "__name__", "function")
+        self.name: str = name or getattr(act, "__name__", "function")
 
     def __call__(self, given: Any) -> Any:
         return self.act(**given) if isinstance(given, Mapping) else self.act(given)
@@ -207,7 +207,7 @@ def pairs(wires: Any) -> list[tuple[str, str]]:
     odd = [wire for wire in found if len(wire) != 2]
     if odd:
         raise WiringError(f"a wire {odd[0]!r}; expected a pair (source, target)")
-    return found  # type: ignore[return-value]
+    return found
 
 
 def known(text: str, ends: Mapping[End, Any], outside: str, what: str) -> End:
