@@ -189,9 +189,10 @@ def inner_wires() -> list[tuple[str, str]]:
 def fixed(plant: Plant, seed: int) -> Tensor:
     """The boxes read by constant wires, their gains from the steps before the change."""
     parts, given = boxes(), {"u": plant.u, "y": plant.y}
-    seen = System(parts, inner_wires() + [(name, f"out.{name}") for name in parts]).run(given).outputs
+    past = {signal: values[:SWITCH] for signal, values in given.items()}
+    seen = System(parts, inner_wires() + [(name, f"out.{name}") for name in parts]).run(past).outputs
     features = torch.stack([seen[name] for name in parts], 1)
-    gain = torch.linalg.lstsq(features[200:SWITCH], plant.y[200:SWITCH, None]).solution[:, 0]
+    gain = torch.linalg.lstsq(features[200:], plant.y[200:SWITCH, None]).solution[:, 0]
 
     def read(**values: Tensor) -> Tensor:
         return torch.stack([values[_port(name)] for name in parts]) @ gain

@@ -153,6 +153,8 @@ class Chain(Computed):
     Values go forward once and inputs back once, however many there are.
     """
 
+    links: list[Organisation]
+
     def __init__(self, links: list[Organisation]) -> None:
         flat: list[Organisation] = [
             link for part in links for link in (part.links if isinstance(part, Chain) else [part])

@@ -323,7 +323,7 @@ def each(act: Callable[..., Any], *containers: Any) -> Any:
     """`act` on the entries of dictionaries or tuples with the same keys."""
     first = containers[0]
     if isinstance(first, Mapping):
-        return {key: act(*(c[key] for c in containers)) for key in first}
+        return {key: act(*[c[key] for c in containers]) for key in first}  # a list: this is the inner loop
     return tuple(act(*entries) for entries in zip(*containers, strict=True))
 
 

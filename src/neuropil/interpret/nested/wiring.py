@@ -49,7 +49,7 @@ class Function:
     def __init__(self, act: Callable[..., Any], inputs: Any, outputs: Any, name: str | None = None) -> None:
         self.act = act
         self.inputs, self.outputs = as_space(inputs), as_space(outputs)
-        self.name: str = name or getattr(act, "__name__", "function")
+        self.name = name or str(getattr(act, "__name__", "function"))
 
     def __call__(self, given: Any) -> Any:
         return self.act(**given) if isinstance(given, Mapping) else self.act(given)
