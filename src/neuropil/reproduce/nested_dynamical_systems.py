@@ -57,14 +57,19 @@ PAPER_SAYS = (
 DEVIATIONS = (
     "all experiments are ours: the essay has none",
     "the plant is predicted, not controlled: then the error does not mix with what a controller does to the input",
+    "three seeds at default scale, so that it takes minutes; ten at the scale called paper",
 )
 NOTES = (
-    "The step sizes are first guesses: no grid has been searched for any arm.",
+    "Settings were chosen on other seeds, 100 to 102, by the error before the change plus that of the 2000 steps after "
+    "it: the rate of the gradient wires among 7; rate, noise and baseline of the reward-modulated ones among 104; the "
+    "rate of the memoryless network among 10; of the GRU the optimizer (Adam, SGD), rate and clipping of the gradient "
+    "among 22, and 5, 10 or 20 steps of truncation.",
+    "The error of the reward-modulated wires contains the noise of 0.2 by which they try.",
     "Recovery: first step after the change from which the error over 100 steps is at most 1.2 times that before the "
     "change; 1900 means never. A system that was poor before the change recovers soon: read it beside the error.",
     "The fixed wires have the gains of least squares on the 1800 steps before the change.",
 )
-SEEDS: dict[Scale, tuple[int, ...]] = {"smoke": (0,), "default": tuple(range(5)), "paper": tuple(range(10))}
+SEEDS: dict[Scale, tuple[int, ...]] = {"smoke": (0,), "default": (0, 1, 2), "paper": tuple(range(10))}
 SETTINGS: dict[Scale, dict[str, Any]] = {
     "smoke": {"epochs": 1, "arms": ("fixed", "gradient", "memoryless"), "spikes": 400},
     "default": {"epochs": 5, "arms": ("fixed", "memoryless", "gru", "gradient", "reward"), "spikes": 2000},
@@ -90,7 +95,7 @@ WINDOWS = {
 }
 BEFORE, LAST = "error before the change", "error 1000 to 2000 steps after"
 AFTER, RECOVERY = "error 0 to 1000 steps after", "recovery"
-RATE = {"memoryless": 0.05, "gru": 0.01, "gradient": 0.1, "reward": 0.003}
+RATE = {"memoryless": 0.005, "gru": 0.2, "gradient": 0.4, "reward": 0.03}
 HEBBIAN, CONSTANT = "Hebbian wires", "constant wires"
 RATIO = "gain within a population over gain between"
 
@@ -222,7 +227,7 @@ def by_gradient(plant: Plant, seed: int, lr: float | None = None) -> Tensor:
 
 
 def by_reward(plant: Plant, seed: int, lr: float | None = None) -> Tensor:
-    rule = reward_modulated(lr or RATE["reward"], noise=0.05, baseline=0.05, seed=seed, normalised=True)
+    rule = reward_modulated(lr or RATE["reward"], noise=0.2, baseline=0.2, seed=seed, normalised=True)
     return _learning(plant, rule)
 
 
@@ -238,10 +243,11 @@ def memoryless(plant: Plant, seed: int, lr: float | None = None) -> Tensor:
 
 
 def gru(plant: Plant, seed: int, lr: float | None = None, window: int = 10) -> Tensor:
-    """A recurrent network trained at every step on the last `window` steps."""
+    """A recurrent network trained at every step on the last `window` steps, by SGD with the gradient's norm clipped."""
     torch.manual_seed(seed)
     cell, head = nn.GRU(2, 16), nn.Linear(16, 1)
-    optimizer = torch.optim.Adam([*cell.parameters(), *head.parameters()], lr=lr or RATE["gru"])
+    weights = [*cell.parameters(), *head.parameters()]
+    optimizer = torch.optim.SGD(weights, lr=lr or RATE["gru"])
     last = torch.zeros(STEPS, 1, 2)
     last[1:, 0, 0], last[1:, 0, 1] = plant.u[:-1].float(), plant.y[:-1].float()
     y, shown = plant.y.float(), []
@@ -254,6 +260,7 @@ def gru(plant: Plant, seed: int, lr: float | None = None, window: int = 10) -> T
         states.append(state.detach())
         optimizer.zero_grad()
         (predicted - y[start : t + 1]).square().mean().backward()
+        nn.utils.clip_grad_norm_(weights, 0.5)
         optimizer.step()
     return torch.tensor(shown, dtype=torch.float64)
 
