@@ -63,7 +63,7 @@ NOTES = (
     "Settings were chosen on other seeds, 100 to 102, by the error before the change plus that of the 2000 steps after "
     "it: the rate of the gradient wires among 7; rate, noise and baseline of the reward-modulated ones among 104; the "
     "rate of the memoryless network among 10; of the GRU the optimizer (Adam, SGD), rate and clipping of the gradient "
-    "among 22, and 5, 10 or 20 steps of truncation.",
+    "among 10.",
     "The error of the reward-modulated wires contains the noise of 0.2 by which they try.",
     "Recovery: first step after the change from which the error over 100 steps is at most 1.2 times that before the "
     "change; 1900 means never. A system that was poor before the change recovers soon: read it beside the error.",
