@@ -350,7 +350,7 @@ COLOURS = {"fixed": "#8a8f98", "memoryless": "#b9a27c", "gru": "#5f6b7a", "gradi
 def figure(report: Report) -> Figure:
     """Left: the prediction error over time. Middle: how soon it is back. Right: exactness and grown wires, in words."""
     out = Figure(figsize=(13, 4.2), layout="constrained")
-    left, middle, right = out.subplots(1, 3, width_ratios=(1.5, 1, 1))
+    left, middle, right = out.subplots(1, 3, width_ratios=(1.5, 1, 0.9))
     arms = [arm for arm in ARMS if arm in report.settings["arms"]]
     _curves(left, report, arms)
     for height, arm in enumerate(reversed(arms)):
@@ -359,7 +359,10 @@ def figure(report: Report) -> Figure:
         middle.plot(row.values, [height + 0.2] * len(row.values), ".", color=COLOURS[arm], alpha=0.4)
     middle.set_yticks(range(len(arms)), [ARMS[arm].replace(", ", ",\n") for arm in reversed(arms)], fontsize="small")
     middle.set(
-        xlabel="steps until within 1.2 x of before (1900: never)", title="Recovery", ylim=(-0.5, len(arms) - 0.4)
+        xlabel="steps until the error is within\n1.2 x of that before (1900: never)",
+        title="Recovery",
+        xlim=(0, 2000),
+        ylim=(-0.5, len(arms) - 0.4),
     )
     _bars(right, report)
     for panel in (left, middle, right):
@@ -394,7 +397,7 @@ def _bars(panel: Axes, report: Report) -> None:
     panel.set(
         ylabel="gain within / between populations",
         title="Wires that grow",
-        xlabel=f"digits: composed training differs from torch\nby at most {far:.1g} in any weight",
+        xlabel=f"(and on digits composed training is\nwithin {far:.1g} of torch in every weight)",
     )
 
 
