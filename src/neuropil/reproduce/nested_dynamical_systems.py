@@ -344,11 +344,11 @@ def verdict(rows: Sequence[Row]) -> str:
     return "holds" if whole and strong else "partly"
 
 
-COLOURS = {"fixed": "#8a8f98", "memoryless": "#b9a27c", "gru": "#5f6b7a", "gradient": "#0b6e99", "reward": "#7fb8cf"}
+COLOURS = {"fixed": "#8a8f98", "memoryless": "#c08a3e", "gru": "#7a4f9a", "gradient": "#0b6e99", "reward": "#4fa3c4"}
 
 
 def figure(report: Report) -> Figure:
-    """Left: the prediction error over time. Middle: how soon it is back. Right: exactness and grown wires, in words."""
+    """Left: the prediction error over time. Middle: how soon it is back. Right: grown wires. Title: exactness."""
     out = Figure(figsize=(13, 4.2), layout="constrained")
     left, middle, right = out.subplots(1, 3, width_ratios=(1.5, 1, 0.9))
     arms = [arm for arm in ARMS if arm in report.settings["arms"]]
@@ -358,6 +358,8 @@ def figure(report: Report) -> Figure:
         middle.errorbar(row.mean, height, xerr=row.spread or 0, fmt="o", color=COLOURS[arm], capsize=3)
         middle.plot(row.values, [height + 0.2] * len(row.values), ".", color=COLOURS[arm], alpha=0.4)
     middle.set_yticks(range(len(arms)), [ARMS[arm].replace(", ", ",\n") for arm in reversed(arms)], fontsize="small")
+    for label, arm in zip(middle.get_yticklabels(), reversed(arms), strict=True):
+        label.set(color=COLOURS[arm], fontweight="bold")  # the legend of the left panel as well
     middle.set(
         xlabel="steps until the error is within\n1.2 x of that before (1900: never)",
         title="Recovery",
@@ -367,7 +369,9 @@ def figure(report: Report) -> Figure:
     _bars(right, report)
     for panel in (left, middle, right):
         panel.spines[["top", "right"]].set_visible(False)
-    out.suptitle(f"nested-dynamical-systems: {report.verdict}", fontsize="medium")
+    far = max(max(report.row(name, DISTANCE).values) for name in (LEARNERS, NEURONS))
+    told = f"on digits, composed training is within {far:.1g} of torch in every weight"
+    out.suptitle(f"nested-dynamical-systems: {report.verdict} ({told})", fontsize="medium")
     return out
 
 
@@ -381,9 +385,8 @@ def _curves(panel: Axes, report: Report, arms: list[str]) -> None:
         )
     panel.axvline(0.5, color="#333", linewidth=0.8, linestyle=":")
     panel.set_yscale("log")
-    panel.set_xticks(places, ["1000 steps\nbefore", "0-100\nafter", "100-300", "300-1000", "1000-2000"])
+    panel.set_xticks(places, ["1000 steps\nbefore", "0-100\nafter", "100-\n300", "300-\n1000", "1000-\n2000"])
     panel.set(ylabel="prediction error (RMS)", title="A hidden plant whose gain turns to -2 x", xlim=(-0.4, 4.3))
-    panel.legend(frameon=False, fontsize="x-small", loc="upper left", bbox_to_anchor=(0.0, -0.18), ncols=2)
 
 
 def _bars(panel: Axes, report: Report) -> None:
@@ -393,12 +396,8 @@ def _bars(panel: Axes, report: Report) -> None:
         names, [r.mean for r in rows], yerr=[r.spread or 0 for r in rows], color=["#8a8f98", "#0b6e99"], capsize=3
     )
     panel.axhline(1, color="#333", linewidth=0.8)
-    far = max(max(report.row(name, DISTANCE).values) for name in (LEARNERS, NEURONS))
-    panel.set(
-        ylabel="gain within / between populations",
-        title="Wires that grow",
-        xlabel=f"(and on digits composed training is\nwithin {far:.1g} of torch in every weight)",
-    )
+    panel.set_xticks((0, 1), ("constant", "Hebbian"))
+    panel.set(ylabel="gain within / between populations", title="Wires that grow")
 
 
 run = runner(__name__)
