@@ -13,6 +13,7 @@ from neuropil.interpret.geometry import (
     representational_geometry,
 )
 from neuropil.interpret.milan import MILAN, ExemplarSet, exemplars
+from neuropil.interpret.nested import NestedSystem
 from neuropil.interpret.prototype_explanation import Explanation, Reference
 from neuropil.interpret.prototype_images import ConvDecoder, ConvEncoder, ElasticDeformation
 from neuropil.interpret.prototype_network import PrototypeLayer, PrototypeNetwork
@@ -32,6 +33,7 @@ __all__ = [
     "Explanation",
     "GeometryReport",
     "GeometryStudy",
+    "NestedSystem",
     "PrototypeClassifier",
     "PrototypeLayer",
     "PrototypeNetwork",
