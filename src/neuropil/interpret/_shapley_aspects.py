@@ -46,9 +46,7 @@ class Aspects:
         return out
 
 
-def aspects(
-    X: Any, h: float | int = 0.7, names: Sequence[str] | None = None, nominal: Sequence[int] = ()
-) -> Aspects:
+def aspects(X: Any, h: float | int = 0.7, names: Sequence[str] | None = None, nominal: Sequence[int] = ()) -> Aspects:
     """Columns of `X` `[n, m]` clustered by complete linkage of 1 - |Spearman r|, so that in a group every |r| >= h.
 
     >>> x = np.random.default_rng(0).normal(size=(50, 2))

@@ -164,9 +164,7 @@ def agreements(found: Explanation, table: list[dict[str, Any]]) -> list[dict[str
 RANKS = ("kendall", "spearman", "top_overlap", "columns")
 
 
-def rank_agreement(
-    workflow: ShapleyWorkflow, explanations: dict[tuple[str, str], Explanation]
-) -> list[dict[str, Any]]:
+def rank_agreement(workflow: ShapleyWorkflow, explanations: dict[tuple[str, str], Explanation]) -> list[dict[str, Any]]:
     """Of each two (model, cohort): how the mean |Shapley| of the columns that either reads go together."""
     names = workflow.encoder_.columns_
     lists = {}
@@ -177,9 +175,9 @@ def rank_agreement(
     out = []
     for one, other in itertools.combinations(lists, 2):
         used = (lists[one] > 0) | (lists[other] > 0)
-        found = asdict(importance_agreement(lists[one][used], lists[other][used], resamples=0))
+        agreed = asdict(importance_agreement(lists[one][used], lists[other][used], resamples=0))
         row = {"model": one[0], "cohort": one[1], "other": other[0], "other_cohort": other[1]}
-        out.append({**row, **{name: found[name] for name in RANKS}})
+        out.append({**row, **{name: agreed[name] for name in RANKS}})
     return out
 
 

@@ -64,9 +64,7 @@ class Agreement:
     columns: int
 
 
-def importance_agreement(
-    a: Any, b: Any, *, top: int = 5, resamples: int = 1000, random_state: int = 0
-) -> Agreement:
+def importance_agreement(a: Any, b: Any, *, top: int = 5, resamples: int = 1000, random_state: int = 0) -> Agreement:
     """Pearson, Spearman and Kendall correlation of two importances of the same columns, and the share of the `top` of
     one that is in the top of the other.
 

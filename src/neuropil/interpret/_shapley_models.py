@@ -219,8 +219,9 @@ def tuned(
     """The model fitted with the best of its own settings and `draws` random ones, by cross-validation."""
     candidates = [model]
     if draws and space:
-        for drawn in ParameterSampler(space, min(draws, _size(space)), random_state=random_state):
-            candidates.append(clone(model).set_params(**{f"model__{name}": value for name, value in drawn.items()}))
+        sampler = ParameterSampler(space, min(draws, _size(space)), random_state=random_state)
+        settings = ({f"model__{name}": value for name, value in drawn.items()} for drawn in sampler)
+        candidates.extend(clone(model).set_params(**drawn) for drawn in settings)
     if len(candidates) > 1:
         scores = [cross_validated(candidate, X, y, splits, scorer) for candidate in candidates]
         model = candidates[int(np.argmax(np.nan_to_num(scores, nan=-np.inf)))]

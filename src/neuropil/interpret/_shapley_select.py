@@ -45,9 +45,7 @@ def forward_selection(
     chosen: list[int] = []
     scores: list[float] = []
     while candidates and len(chosen) < (max_features or X.shape[1]):
-        found = [
-            cross_validated(make([*chosen, c]), X[:, [*chosen, c]], y, splits, scorer) for c in candidates
-        ]
+        found = [cross_validated(make([*chosen, c]), X[:, [*chosen, c]], y, splits, scorer) for c in candidates]
         best = int(np.argmax(np.nan_to_num(found, nan=-np.inf)))
         if scores and not found[best] - scores[-1] > tol:
             break

@@ -24,10 +24,8 @@ def as_frame(X: Any) -> Any:
     """`X` as a DataFrame with string column names; raises ValueError or TypeError for what is no table."""
     pandas = require("pandas")
     if not isinstance(X, pandas.DataFrame):
-        if getattr(X, "dtype", None) != object:
-            X = check_array(X, dtype=None, ensure_all_finite="allow-nan")
-        if getattr(X, "dtype", None) == object or np.asarray(X).dtype.kind in "US":
-            X = check_array(X, dtype=object, ensure_all_finite=False)
+        words = not hasattr(X, "nnz") and np.asarray(X).dtype.kind in "OUS"
+        X = check_array(X, dtype=object if words else None, ensure_all_finite=False if words else "allow-nan")
         X = pandas.DataFrame(X)
         X.columns = [f"x{i}" for i in X.columns]
     frame = X.copy(deep=False)

@@ -236,7 +236,7 @@ def _walks(
     orders: int,
     rng: np.random.Generator,
 ) -> Float[np.ndarray, "p k"]:
-    """Mean gain of each player when a background row becomes x player by player, in random orders and their reverses."""
+    """Mean gain of each player when background rows become x, player by player, in random orders and their reverse."""
     players, m = len(members), len(x)
     owners = _owners(members, m)
     background = np.repeat(background, orders, axis=0)
@@ -375,9 +375,7 @@ def _tables(X: Any, background: Any) -> tuple[np.ndarray, np.ndarray]:
     return X, background
 
 
-def _players(
-    groups: Groups | None, names: Sequence[str] | None, m: int
-) -> tuple[list[np.ndarray], tuple[str, ...]]:
+def _players(groups: Groups | None, names: Sequence[str] | None, m: int) -> tuple[list[np.ndarray], tuple[str, ...]]:
     columns = tuple(map(str, range(m))) if names is None else tuple(map(str, names))
     if len(columns) != m:
         raise ValueError(f"{len(columns)} names for {m} columns")

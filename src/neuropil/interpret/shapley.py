@@ -343,9 +343,7 @@ class ShapleyWorkflow(BaseEstimator):
             path = shared or (select(name) if self.selector else None)
             columns = tuple(sorted(path.columns)) if path else tuple(candidates)
             space = SPACES.get(name, {}) if own is None else {}
-            model = tuned(
-                column_model(name, columns), space, self.search, X[:, list(columns)], y, splits, scorer, seed
-            )
+            model = tuned(column_model(name, columns), space, self.search, X[:, list(columns)], y, splits, scorer, seed)
             out[name] = Trained(name, columns, model, path)
         return out
 
