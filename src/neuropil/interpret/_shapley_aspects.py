@@ -35,13 +35,18 @@ class Aspects:
         kept = [[place[i] for i in group if i in place] for group in self.groups]
         return {" + ".join(self.names[columns[i]] for i in group): group for group in kept if group}
 
-    def at_merges(self) -> list[tuple[float, list[int]]]:
-        """For each merge, from the strongest correlation down, |r| of the least correlated pair and the columns."""
-        clusters = {i: [i] for i in range(len(self.names))}
+    def tree(self, columns: Sequence[int]) -> Float[np.ndarray, "k 4"]:
+        """The linkage of these columns alone."""
+        return _linked(self.correlation[np.ix_(columns, columns)])
+
+    def at_merges(self, columns: Sequence[int]) -> list[tuple[float, list[int]]]:
+        """For each merge of these columns, from the strongest correlation down, |r| of the least correlated pair and
+        the positions in `columns`."""
+        clusters = {i: [i] for i in range(len(columns))}
         out = []
-        for step, (a, b, height, _) in enumerate(self.merges):
+        for step, (a, b, height, _) in enumerate(self.tree(columns)):
             merged = sorted(clusters[int(a)] + clusters[int(b)])
-            clusters[len(self.names) + step] = merged
+            clusters[len(columns) + step] = merged
             out.append((1 - float(height), merged))
         return out
 
@@ -62,16 +67,21 @@ def aspects(X: Any, h: float | int = 0.7, names: Sequence[str] | None = None, no
     r = spearman(X)
     for i in nominal:
         r[i, :], r[:, i], r[i, i] = 0.0, 0.0, 1.0
-    m = X.shape[1]
-    distance = np.clip(1 - np.abs(r), 0, 1)
-    np.fill_diagonal(distance, 0)
-    merges = linkage(squareform(distance, checks=False), "complete") if m > 1 else np.empty((0, 4))
+    m, merges = X.shape[1], _linked(r)
     cluster = fcluster(merges, 1 - h + 1e-9, "distance") if m > 1 else np.ones(1, dtype=int)
     groups: dict[int, list[int]] = {}
     for column, label in enumerate(cluster):
         groups.setdefault(int(label), []).append(column)
     columns = tuple(map(str, range(m))) if names is None else tuple(map(str, names))
     return Aspects(tuple(map(tuple, groups.values())), columns, r, merges, float(h))
+
+
+def _linked(r: np.ndarray) -> np.ndarray:
+    if len(r) < 2:
+        return np.empty((0, 4))
+    distance = np.clip(1 - np.abs(r), 0, 1)
+    np.fill_diagonal(distance, 0)
+    return linkage(squareform(distance, checks=False), "complete")
 
 
 def spearman(X: Float[np.ndarray, "n m"]) -> Float[np.ndarray, "m m"]:

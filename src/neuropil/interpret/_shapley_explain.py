@@ -183,27 +183,20 @@ def rank_agreement(workflow: ShapleyWorkflow, explanations: dict[tuple[str, str]
 
 def merges(workflow: ShapleyWorkflow, X: np.ndarray, y: np.ndarray) -> list[dict[str, Any]]:
     """The triplot's third panel for the best model: the drop of the score when the columns of each merge of the
-    dendrogram are shuffled together, for merges of columns that the model reads."""
+    dendrogram of what it reads are shuffled together."""
     best = workflow.fitted_[workflow.best_]
     scorer = get_scorer(workflow._scoring)
-    place = {column: position for position, column in enumerate(best.columns)}
-    steps = {}
-    for r, members in workflow.aspects_.at_merges():
-        read = tuple(column for column in members if column in place)
-        if len(read) > 1 and read not in steps:
-            steps[read] = r
-    if not steps:
-        return []
+    steps = workflow.aspects_.at_merges(best.columns)
     drops = permutation_importance(
         lambda rows, truth: float(scorer(best.model, rows, truth)),
         X[:, list(best.columns)],
         y,
-        groups=[[place[column] for column in read] for read in steps],
+        groups=[members for _, members in steps],
         repeats=workflow.permutations,
         random_state=workflow._seed,
     )
-    names = workflow.encoder_.columns_
+    names = [workflow.encoder_.columns_[i] for i in best.columns]
     return [
-        {"correlation": r, "columns": " + ".join(names[i] for i in read), "importance": float(drop.mean())}
-        for (read, r), drop in zip(steps.items(), drops, strict=True)
+        {"correlation": r, "columns": " + ".join(names[i] for i in members), "importance": float(drop.mean())}
+        for (r, members), drop in zip(steps, drops, strict=True)
     ]

@@ -232,12 +232,14 @@ def triplot(workflow: ShapleyWorkflow) -> Figure:
     merges = workflow.merges_[workflow.merges_["cohort"] == cohort]
     figure = Figure(figsize=(14, 1.6 + 0.35 * max(len(columns), len(merges))), layout="constrained")
     left, middle, right = figure.subplots(1, 3)
-    tree = dendrogram(_restricted(workflow, best.columns), orientation="left", labels=columns, ax=middle, no_plot=False)
+    tree = dendrogram(workflow.aspects_.tree(best.columns), orientation="left", labels=columns, ax=middle)
+    middle.tick_params(axis="y", left=False, labelright=False)
     middle.axvline(1 - workflow.h, color=HIGH, linewidth=1, linestyle="--")
     middle.set(xlabel="1 - |Spearman r| (complete linkage)", title="Correlation")
     order = tree["ivl"]
     left.barh(range(len(order)), [float(single.get_group(name)["permutation"].mean()) for name in order], color=LOW)
     left.set_yticks(range(len(order)), order)
+    left.set_ylim(-0.5, len(order) - 0.5)
     left.set(xlabel=f"drop of {workflow._metric}", title=f"{workflow.best_} on {cohort}: single columns")
     _bars(right, merges, workflow._metric)
     return figure
@@ -250,16 +252,6 @@ def _bars(panel: Axes, merges: Any, metric: str) -> None:
     panel.set_yticks(places, [f"|r| {r:.2f}  {n}" for r, n in zip(merges["correlation"], names, strict=True)])
     panel.tick_params(labelsize="small")
     panel.set(xlabel=f"drop of {metric}", title="Merged columns, shuffled together")
-
-
-def _restricted(workflow: ShapleyWorkflow, columns: tuple[int, ...]) -> np.ndarray:
-    from scipy.cluster.hierarchy import linkage
-    from scipy.spatial.distance import squareform
-
-    r = workflow.aspects_.correlation[np.ix_(columns, columns)]
-    distance = np.clip(1 - np.abs(r), 0, 1)
-    np.fill_diagonal(distance, 0)
-    return linkage(squareform(distance, checks=False), "complete")
 
 
 def read_csv(path: Path, target: str) -> tuple[Any, Any]:

@@ -325,7 +325,9 @@ class ShapleyWorkflow(BaseEstimator):
     def _train(self, specs: dict[str, Any], rows: np.ndarray, seed: int) -> dict[str, Trained]:
         """Every model selected, tuned and fitted on these rows alone."""
         X, y = self._codes[rows], self._targets[rows]
-        splits, scorer = self._splits(rows, self.inner_cv, seed), get_scorer(self._scoring)
+        chooses = self.selector is not None or self.search > 0
+        splits = self._splits(rows, self.inner_cv, seed) if chooses else []
+        scorer = get_scorer(self._scoring)
         candidates = strongest(X, y, self.prescreen, self.task == "regression")
 
         def column_model(name: str, columns: Any) -> ColumnModel:
