@@ -215,6 +215,7 @@ def _gaussian(
     mean, m = background.mean(0), X.shape[1]
     covariance = np.atleast_2d(np.cov(background, rowvar=False)) if len(background) > 1 else np.zeros((m, m))
     noise = rng.standard_normal(background.shape)
+    noise -= noise.mean(0)  # so that linear functions come out exactly
     out = []
     for known in masks:
         hidden = ~known
