@@ -11,10 +11,11 @@ from jaxtyping import Float
 from sklearn.metrics import get_scorer
 
 from neuropil.interpret._shapley_importance import directions, importance_agreement, permutation_importance
+from neuropil.interpret._shapley_train import Trained
 from neuropil.interpret._shapley_values import ShapleyValues, require
 
 if TYPE_CHECKING:
-    from neuropil.interpret.shapley import ShapleyWorkflow, Trained
+    from neuropil.interpret.shapley import ShapleyWorkflow
 
 TRAINING = "training"
 

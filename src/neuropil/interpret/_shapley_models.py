@@ -117,7 +117,7 @@ class ColumnModel(BaseEstimator):
         self.nominal_: Bool[np.ndarray, " m"] = (
             np.zeros(m, bool) if self.nominal is None else np.asarray(self.nominal, dtype=bool)
         )
-        self.fill_ = np.array([_middle(column, mode) for column, mode in zip(X.T, self.nominal_, strict=True)])
+        self.fill_ = np.array([_middle(column, bool(mode)) for column, mode in zip(X.T, self.nominal_, strict=True)])
         filled = self.filled(X)
         self.whole_ = is_tree(self.model)
         scale = filled.std(0)

@@ -277,11 +277,12 @@ def _tree(f: Any, X: np.ndarray, background: np.ndarray, players: tuple[str, ...
     X, background = (rows.astype(np.float32).astype(np.float64) for rows in (X, background))
     explainer = shap.TreeExplainer(f, data=background, feature_perturbation="interventional", model_output="raw")
     values = np.asarray(explainer.shap_values(X, check_additivity=False), dtype=np.float64)
-    base = np.asarray(explainer.expected_value, dtype=np.float64)
     outputs = tree_output(f, X)
+    # Not the explainer's expected value: with several classes it leaves out XGBoost's base score of each.
+    base = np.asarray(tree_output(f, background).mean(0))
     if values.ndim == 3 and values.shape[2] == 2 and outputs.ndim == 1:  # both classes of two: one says all
-        values, base = values[..., 1], base[1]
-    return ShapleyValues(values, base.reshape(outputs.shape[1:]), outputs, players, "tree", "interventional")
+        values = values[..., 1]
+    return ShapleyValues(values, base, outputs, players, "tree", "interventional")
 
 
 def tree_output(model: Any, X: np.ndarray) -> np.ndarray:

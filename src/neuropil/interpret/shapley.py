@@ -49,16 +49,12 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping
-from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float
 from sklearn.base import BaseEstimator
 from sklearn.metrics import get_scorer
-from sklearn.model_selection import GroupKFold, KFold, StratifiedGroupKFold, StratifiedKFold
 from sklearn.preprocessing import LabelEncoder
 from sklearn.utils import check_random_state
 from sklearn.utils.metaestimators import available_if
@@ -81,11 +77,7 @@ from neuropil.interpret._shapley_models import (
     BLACK_BOXES,
     MODELS,
     REGRESSORS,
-    SPACES,
     ColumnModel,
-    Splits,
-    base_model,
-    tuned,
 )
 from neuropil.interpret._shapley_scores import (
     classification_scores,
@@ -94,16 +86,10 @@ from neuropil.interpret._shapley_scores import (
     mcnemar,
     regression_scores,
 )
-from neuropil.interpret._shapley_select import SelectionPath, forward_selection, strongest
+from neuropil.interpret._shapley_select import SelectionPath, forward_selection
 from neuropil.interpret._shapley_table import CohortError, TableEncoder, as_frame, other_units
-from neuropil.interpret._shapley_values import (
-    ESTIMANDS,
-    ShapleyValues,
-    is_linear,
-    is_tree,
-    require,
-    shapley,
-)
+from neuropil.interpret._shapley_train import Trained, Trainer
+from neuropil.interpret._shapley_values import ESTIMANDS, ShapleyValues, require, shapley
 
 __all__ = [
     "BLACK_BOXES",
@@ -127,42 +113,10 @@ __all__ = [
 ]
 
 OUTPUTS = ("margin", "probability")
-
-
-@dataclass(frozen=True)
-class Trained:
-    """A fitted model, the columns it reads (in table order), and how they were found (None without selection)."""
-
-    name: str
-    columns: tuple[int, ...]
-    model: ColumnModel
-    path: SelectionPath | None
-
-    def explain(
-        self,
-        X: Float[np.ndarray, "n m"],
-        background: Float[np.ndarray, "b m"],
-        *,
-        names: tuple[str, ...],
-        groups: Mapping[str, list[int]] | None = None,
-        output: str = "margin",
-        estimand: str = "interventional",
-        random_state: int = 0,
-    ) -> ShapleyValues:
-        """Shapley values of the columns the model reads, or of groups of them, by the fastest way that is exact."""
-        columns, model = list(self.columns), self.model
-        X, background = model.filled(X[:, columns]), model.filled(background[:, columns])
-        settings: dict[str, Any] = {"estimand": estimand, "random_state": random_state}
-        own = model.model_
-        same = output == "margin" or model.scale == "probability"
-        if estimand == "interventional" and same and is_tree(own) and groups is None:
-            return shapley(own, model.derive(X), model.derive(background), names=names, **settings)
-        if estimand == "interventional" and same and is_linear(own):
-            players = {name: [i] for i, name in enumerate(names)} if groups is None else groups
-            derived = {name: np.flatnonzero(np.isin(model.owner_, of)).tolist() for name, of in players.items()}
-            return shapley(own, model.derive(X), model.derive(background), groups=derived, **settings)
-        f = model.margin if output == "margin" else model.probability
-        return shapley(f, X, background, names=names, groups=groups, **settings)
+# What evaluate and explain add.
+LATER = (
+    "evaluation_", "tests_", "explanations_", "importances_", "aspect_importances_", "agreement_", "ranks_", "merges_",
+)  # fmt: skip
 
 
 class ShapleyWorkflow(BaseEstimator):
@@ -251,12 +205,11 @@ class ShapleyWorkflow(BaseEstimator):
         self._codes = self.encoder_.transform(frame)
         self._targets = self._coded_targets(y)
         check_consistent_length(self._codes, self._targets, groups)
-        self._groups = None if groups is None else np.unique(column_or_1d(groups), return_inverse=True)[1]
-        rng = check_random_state(self.random_state)
-        self._seed = int(rng.randint(2**31 - 1))
-        self._nested(specs)
-        everything = np.arange(len(self._codes))
-        self.fitted_ = self._train(specs, everything, self._seed)
+        subjects = None if groups is None else np.unique(column_or_1d(groups), return_inverse=True)[1]
+        self._seed = int(check_random_state(self.random_state).randint(2**31 - 1))
+        self._trainer = self._make_trainer(specs, subjects)
+        self._nested()
+        self.fitted_ = self._trainer.train(np.arange(len(self._codes)), self._seed)
         self.aspects_ = aspects(
             self._codes, self.h, self.encoder_.columns_, np.flatnonzero(self.encoder_.nominal_).tolist()
         )
@@ -264,6 +217,8 @@ class ShapleyWorkflow(BaseEstimator):
         self.best_ = str(mean.idxmax()) if mean.notna().any() else next(iter(specs))
         self.selection_ = self._paths()
         self.cohorts_: dict[str, tuple[np.ndarray, np.ndarray]] = {}
+        for name in LATER:  # of an earlier fit
+            self.__dict__.pop(name, None)
         return self
 
     def _check(self) -> dict[str, Any]:
@@ -302,62 +257,34 @@ class ShapleyWorkflow(BaseEstimator):
             raise ValueError(f"one class, {self.classes_.tolist()}; a classifier needs at least two")
         return self._labels.transform(y)
 
-    def _splits(self, rows: np.ndarray, folds: int, seed: int) -> Splits:
-        """Folds of these rows as positions in them; stratified by class, whole by group."""
-        y, groups = self._targets[rows], None if self._groups is None else self._groups[rows]
-        sorts = self.task == "classification"
-        fewest = len(rows) if groups is None else len(np.unique(groups))
-        if sorts:
-            least = int(np.bincount(y, minlength=len(self.classes_)).min())
-            if least < 2:
-                raise ValueError(
-                    f"a class of {least} sample{'' if least == 1 else 's'} among the {len(rows)} rows to be split; "
-                    "each needs at least 2: give more rows, fewer folds, or leave the class out"
-                )
-            fewest = min(fewest, least)
-        if fewest < 2:
-            raise ValueError(f"n_samples={len(rows)} in {fewest} group: too few to be split in two")
-        kinds = {(True, False): StratifiedKFold, (True, True): StratifiedGroupKFold, (False, False): KFold}
-        kind = kinds.get((sorts, groups is not None), GroupKFold)
-        splitter = kind(min(folds, fewest), shuffle=True, random_state=seed)
-        return list(splitter.split(np.zeros((len(rows), 1)), y, groups))
+    def _make_trainer(self, specs: dict[str, Any], subjects: np.ndarray | None) -> Trainer:
+        return Trainer(
+            self._codes,
+            self._targets,
+            subjects,
+            self.encoder_.nominal_,
+            len(self.classes_) if self.task == "classification" else 0,
+            specs,
+            get_scorer(self._scoring),
+            select=self.selector is not None,
+            selector_model=self.selector_model,
+            prescreen=self.prescreen,
+            max_features=self.max_features,
+            tol=self.tol,
+            search=self.search,
+            balanced=self.balanced,
+            inner_cv=self.inner_cv,
+        )
 
-    def _train(self, specs: dict[str, Any], rows: np.ndarray, seed: int) -> dict[str, Trained]:
-        """Every model selected, tuned and fitted on these rows alone."""
-        X, y = self._codes[rows], self._targets[rows]
-        chooses = self.selector is not None or self.search > 0
-        splits = self._splits(rows, self.inner_cv, seed) if chooses else []
-        scorer = get_scorer(self._scoring)
-        candidates = strongest(X, y, self.prescreen, self.task == "regression")
-
-        def column_model(name: str, columns: Any) -> ColumnModel:
-            own = specs.get(name)
-            model = base_model(name, self.task == "regression", seed) if own is None else own
-            return ColumnModel(model, self.encoder_.nominal_[list(columns)], self.balanced)
-
-        def select(name: str) -> SelectionPath:
-            settings = {"tol": self.tol, "max_features": self.max_features, "candidates": candidates}
-            return forward_selection(partial(column_model, name), X, y, splits, scorer, **settings)
-
-        shared = select(self.selector_model) if self.selector and self.selector_model else None
-        out = {}
-        for name, own in specs.items():
-            path = shared or (select(name) if self.selector else None)
-            columns = tuple(sorted(path.columns)) if path else tuple(candidates)
-            space = SPACES.get(name, {}) if own is None else {}
-            model = tuned(column_model(name, columns), space, self.search, X[:, list(columns)], y, splits, scorer, seed)
-            out[name] = Trained(name, columns, model, path)
-        return out
-
-    def _nested(self, specs: dict[str, Any]) -> None:
-        pandas = require("pandas")
+    def _nested(self) -> None:
+        pandas, specs = require("pandas"), self._trainer.specs
         everything = np.arange(len(self._codes))
         rows: list[dict[str, Any]] = []
         chosen = {name: np.zeros(self._codes.shape[1]) for name in specs}
         for repeat in range(self.repeats):
-            splits = self._splits(everything, self.cv, (self._seed + repeat) % 2**31)
+            splits = self._trainer.splits(everything, self.cv, (self._seed + repeat) % 2**31)
             for fold, (train, test) in enumerate(splits):
-                fitted = self._train(specs, train, (self._seed + repeat * self.cv + fold) % 2**31)
+                fitted = self._trainer.train(train, (self._seed + repeat * self.cv + fold) % 2**31)
                 for name, trained in fitted.items():
                     chosen[name][list(trained.columns)] += 1
                     scores = self._scores(trained, self._codes[test], self._targets[test])
