@@ -648,8 +648,6 @@ def test_every_explanation_adds_up_and_names_its_scale(fitted: ShapleyWorkflow) 
         assert found.shapley.gap < 1e-5
         assert found.aspects.gap < 1e-5
         np.testing.assert_allclose(found.shapley.outputs, trained.model.margin(found.rows), atol=1e-5)
-        exact = shapley(trained.model.margin, found.rows, fitted._codes[:, list(trained.columns)][:0:-1][:10])
-        assert exact.values.shape == found.shapley.values.shape
 
 
 def test_each_models_fast_form_is_the_enumeration(fitted: ShapleyWorkflow) -> None:
@@ -704,7 +702,7 @@ def test_cohorts_that_do_not_fit_are_refused_with_a_list(fitted: ShapleyWorkflow
     X, y = mixed_table(80, 2)
     with pytest.raises(CohortError, match=r"cohort 'x': columns missing: \['group', 'flag'\]"):
         fitted.evaluate({"x": (X.drop(columns=["group", "flag"]), y)})
-    with pytest.raises(CohortError, match=r"other units: size \(median [\d.]+, here [\d.]+\)"):
+    with pytest.raises(CohortError, match=r"other units: size \(median [\d.]+, here \S+\)"):
         fitted.evaluate({"x": (X.assign(size=X["size"] * 1000), y)})
     with pytest.raises(CohortError, match=r"classes \['dead'\] were not in training"):
         fitted.evaluate({"x": (X, np.where(y == "ill", "dead", y))})
@@ -752,7 +750,9 @@ def test_regression() -> None:
     workflow.fit(X[:200], y[:200]).evaluate({"rest": (X[200:], y[200:])}).explain()
     assert {"r2", "rmse", "mae", "spearman"} <= set(workflow.evaluation_)
     assert workflow.evaluation_.set_index("model").loc["ridge", "r2"] > 0.3
-    assert all(found.shapley.gap < 1e-3 and found.scale == "prediction" for found in workflow.explanations_.values())
+    for found in workflow.explanations_.values():  # XGBoost adds its trees in float32
+        assert found.shapley.gap < 1e-5 * np.abs(found.shapley.outputs).max()
+        assert found.scale == "prediction"
     assert not hasattr(workflow, "predict_proba")
     assert workflow.tests_.empty
 
@@ -784,7 +784,8 @@ def test_wide_and_collinear_tables() -> None:
     X, y = draw(0, 40, 200), np.repeat([0, 1], 20)
     X[:, 7] += 3 * y
     X[:, 8] = X[:, 7]
-    workflow = ShapleyWorkflow(["logistic", "forest"], **{**SMALL, "selector": "forward"}, prescreen=10, max_features=3)
+    settings = {**SMALL, "selector": "forward", "selector_model": "logistic", "prescreen": 10, "max_features": 3}
+    workflow = ShapleyWorkflow(["logistic", "forest"], **settings)
     workflow.fit(X, y).explain()
     assert {"x7", "x8"} & set(workflow.selection_["column"])
     assert ("x7 + x8") in workflow.aspects_.labels
