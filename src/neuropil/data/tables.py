@@ -60,7 +60,7 @@ def _alzheimer() -> Table:
     return Table(frame.drop(columns="Class"), (frame["Class"] == "Impaired").to_numpy(int), "cognitive impairment")
 
 
-def _within(time: Any, event: Any, years: float) -> tuple[np.ndarray, np.ndarray]:
+def _within(time: Any, event: Any, years: float | int) -> tuple[np.ndarray, np.ndarray]:
     """Which rows are known at that time, and whether the event had come."""
     time, event = np.asarray(time) / YEAR, np.asarray(event).astype(bool)
     known = event | (time >= years)

@@ -28,7 +28,7 @@ def forward_selection(
     splits: Splits,
     scorer: Scorer,
     *,
-    tol: float = 1e-3,
+    tol: float | int = 1e-3,
     max_features: int | None = None,
     candidates: Sequence[int] | None = None,
 ) -> SelectionPath:
