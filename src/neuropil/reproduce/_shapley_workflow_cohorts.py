@@ -99,6 +99,6 @@ def clinic(n: int, seed: int) -> dict[str, Cohort]:
     return {
         "A": simulated(n, rng),
         "A, held out": simulated(n // 2, rng),
-        "B": simulated(3 * n // 8, rng, age=76, scanner=0.02, cuts=(0.0, 3.0)),
-        "C": simulated(3 * n // 8, rng, age=75, scanner=0.02, cuts=(-1.0, 2.0)),
+        "B": simulated(3 * n // 8, rng, age=76.0, scanner=0.02, cuts=(0.0, 3.0)),
+        "C": simulated(3 * n // 8, rng, age=75.0, scanner=0.02, cuts=(-1.0, 2.0)),
     }
