@@ -213,7 +213,10 @@ def test_tree_shap_is_enumeration_and_shaps(name: str, classes: int) -> None:
     y = (curved(X) > 0).astype(int) + (X[:, 3] > 1 if classes == 3 else 0)
     model = MODELS[name].fit(X, y)
     rows, background = X[:6], X[50:70]
+    before = model.feature_importances_.copy(), model.predict(X)
     found = shapley(model, rows, background)
+    np.testing.assert_array_equal(model.feature_importances_, before[0], "explaining changed the model")
+    np.testing.assert_array_equal(model.predict(X), before[1])
     assert found.method == "tree"
     exact = shapley(lambda x: values_module.tree_output(model, x), rows, background, method="exact")
     np.testing.assert_allclose(found.values, exact.values, atol=1e-6)

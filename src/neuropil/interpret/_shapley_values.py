@@ -316,7 +316,7 @@ def _ranked(model: Any, tables: list[np.ndarray]) -> tuple[Any, list[np.ndarray]
                 "features": np.where(inner, tree.feature, 0),
                 "thresholds": thresholds,
                 "values": values / len(fitted),
-                "node_sample_weight": tree.weighted_n_node_samples,
+                "node_sample_weight": tree.weighted_n_node_samples.copy(),  # shap writes into it
             }
         )
     ranks = [

@@ -62,13 +62,13 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "real": ["alzheimer", "breast", "pbc", "pima", "tumour"],
         "stability": ["breast-cancer", "alzheimer"],
         "tasks": list(TASKS),
-        "n": 600,
-        "rows": 700,
+        "n": 500,
+        "rows": 500,
         "cv": 3,
         "folds": 3,
         "search": 0,
-        "columns": 20,
-        "explain": 30,
+        "columns": 16,
+        "explain": 25,
         "permutations": 4,
         "refits": 8,
     },
@@ -93,11 +93,11 @@ DEVIATIONS = (
     "biliary cholangitis within a trial to beside it, diabetes in Pima women), breast tumours split by texture, and a "
     "simulated memory clinic with the paper's three tasks, whose true importances are known. tau, p-tau and amyloid "
     "stand for the cognitive scores in the first.",
-    "Each seed trains on another random 80% of the training cohort (at default at most 700 rows), so that fixed "
+    "Each seed trains on another random 80% of the training cohort (at default at most 500 rows), so that fixed "
     "external cohorts have a spread too.",
     "At default scale 3 outer and 3 inner folds, every model at its own settings without search (all alike), and "
-    "logistic regression selects for all models among the 20 columns with the largest F statistic; without selection "
-    "(real tables only) those 20 are taken. The paper scale searches.",
+    "logistic regression selects for all models among the 16 columns with the largest F statistic; without selection "
+    "(real tables only) those 16 are taken. The paper scale searches.",
     "Stability and recovery are those of a forest on all columns, by TreeSHAP, so that selection does not decide them.",
 )
 NOTES: tuple[str, ...] = ()
