@@ -385,14 +385,12 @@ def figure(report: Report) -> Figure:
     left.legend(loc="upper center", bbox_to_anchor=(0.5, -0.12), ncols=2, fontsize="small", frameon=False)
     _dots(right, report, AGREEMENT, "Shapley values against other importances", "mean Spearman r over models, cohorts")
     right.axvspan(0.3, 0.7, color=OURS, alpha=0.08)
-    right.text(0.5, 1.0, "moderate", transform=right.get_xaxis_transform(), ha="center", va="top", fontsize="small")
+    right.text(0.5, 0.97, "moderate", transform=right.get_xaxis_transform(), ha="center", va="top", fontsize="small")
     _dots(low_left, report, SETS, "Columns that measure thinking, or its biology", "balanced accuracy (%)")
     merged = [row for metric in (STABILITY, RECOVERY) for row in report.rows if row.metric == metric]
     labels = [f"{'stability' if row.metric == STABILITY else 'recovery'}: {row.name}" for row in merged]
     _rows(low_right, merged, labels)
-    low_right.set(
-        xlabel="Kendall's tau between refits; Spearman's r with the truth", title="Merging correlated columns"
-    )
+    low_right.set(xlabel="Kendall's tau of refits; Spearman's r with truth", title="Merging correlated columns")
     out.suptitle(f"The Shapley workflow: {report.verdict}")
     return out
 
