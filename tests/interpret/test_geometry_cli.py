@@ -11,7 +11,7 @@ import pytest
 from typer.testing import CliRunner
 
 from neuropil.cli import app
-from neuropil.interpret import geometry_report
+from neuropil.interpret.geometry_report import geometry_report
 
 
 def run(*arguments: object) -> Any:

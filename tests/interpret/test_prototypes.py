@@ -22,7 +22,6 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from neuropil.errors import MissingAsset, ModelError
-from neuropil.interpret import prototype_quality
 from neuropil.interpret._prototype_training import Objective, in_turn
 from neuropil.interpret.prototype_images import (
     ConvDecoder,
@@ -39,6 +38,7 @@ from neuropil.interpret.prototype_network import (
     prototype_error,
     reconstruction_error,
 )
+from neuropil.interpret.prototype_quality import prototype_quality
 from neuropil.interpret.prototypes import PrototypeClassifier
 
 EXPECTED_FAILURES: dict[str, str] = {}

@@ -1,4 +1,4 @@
-"""Real data: images of digits and clothes, English text. A set that is missing says how to bring it.
+"""Real data: images of digits and clothes, English text, tables of patients. What is missing says how to bring it.
 
 >>> found = image_set("digits")
 >>> found.train_x.shape, found.test_x.shape, found.classes[:3]
@@ -7,6 +7,7 @@
 
 from neuropil.data.images import Images, digits, fashion_mnist, image_set
 from neuropil.data.probes import Probe, probe
+from neuropil.data.tables import Table, table
 from neuropil.data.texts import Texts, text
 
-__all__ = ["Images", "Probe", "Texts", "digits", "fashion_mnist", "image_set", "probe", "text"]
+__all__ = ["Images", "Probe", "Table", "Texts", "digits", "fashion_mnist", "image_set", "probe", "table", "text"]

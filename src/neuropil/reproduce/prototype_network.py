@@ -21,7 +21,8 @@ from matplotlib.ticker import LogLocator, NullLocator
 from sklearn.neighbors import KNeighborsClassifier
 
 from neuropil import data
-from neuropil.interpret import PrototypeClassifier, prototype_quality
+from neuropil.interpret import PrototypeClassifier
+from neuropil.interpret.prototype_quality import prototype_quality
 from neuropil.report import Measurement, Report, Row, Scale, find, paired
 from neuropil.reproduce.figures import BASELINE, OURS
 from neuropil.reproduce.harness import Meter, runner
