@@ -169,6 +169,7 @@ def test_from_a_checkpoint_to_neurons_found_by_words(cnn: Path, captioner: Path,
     facts = json.loads(done.stdout)
     model = load(cnn)
     assert (facts["images"], facts["pictures"]) == ("digits", 360)
+    assert facts["columns"] == ["description", "description_score", "milan_dead"]
     assert [(u["layer"], u["unit"]) for u in facts["units"]] == [
         (s.name, i) for s in model.sites for i in range(s.width)
     ]

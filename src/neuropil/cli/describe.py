@@ -204,7 +204,8 @@ def _added(
     columns = {found.layer: as_columns(found, texts) for found, texts in described}
     with Atlas.create(path, loaded) as atlas:
         atlas.add("milan", columns, settings=settings, method="interpret.milan", overwrite=True)
-        return ["description", "description_score", "dead"]
+        names = ("description", "description_score", "dead")  # the last is there already where activity is
+        return [f"milan_{name}" if f"milan_{name}" in atlas.columns else name for name in names]
 
 
 def _show(facts: dict[str, Any]) -> None:

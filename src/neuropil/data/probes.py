@@ -180,19 +180,17 @@ def _labelled(name: str, channels: int, size: tuple[int, int], limit: int) -> Pr
 
 def _cut(channels: int, size: tuple[int, int], limit: int) -> Probe:
     """Crops of every photograph at three scales, in rows and columns that overlap by half or more."""
-    names, pixels = [], []
-    for path in photographs():
-        picture = _opened(path)
-        wide, high = picture.size
-        for share in CROPS:
-            side = round(share * min(wide, high))
-            for top in _starts(high, side):
-                for left in _starts(wide, side):
-                    box = (left, top, left + side, top + side)
-                    pixels.append(_tensor(picture, channels, size, box))
-                    names.append(f"{path.name} {side}x{side}+{left}+{top}")
-    chosen = _spaced(len(pixels), limit)
-    return Probe("photos", torch.stack([pixels[i] for i in chosen]), tuple(names[i] for i in chosen))
+    opened = {path: _opened(path) for path in photographs()}
+    crops = [
+        (path, (left, top, left + side, top + side))
+        for path, picture in opened.items()
+        for side in (round(share * min(picture.size)) for share in CROPS)
+        for top in _starts(picture.height, side)
+        for left in _starts(picture.width, side)
+    ]
+    chosen = [crops[i] for i in _spaced(len(crops), limit)]
+    names = tuple(f"{path.name} {box[2] - box[0]}x{box[3] - box[1]}+{box[0]}+{box[1]}" for path, box in chosen)
+    return Probe("photos", torch.stack([_tensor(opened[path], channels, size, box) for path, box in chosen]), names)
 
 
 def photographs() -> list[Path]:

@@ -125,7 +125,7 @@ def _configured(skeleton: nn.Module, config: Any, folder: Path | None) -> ImageI
     classes = tuple(str(names[i]) for i in sorted(names)) if hasattr(skeleton, "classifier") else ()
     named = bool(classes) and classes != tuple(f"LABEL_{i}" for i in range(len(classes)))
     mean, std = (0.0,) * channels, (1.0,) * channels
-    if found.get("do_normalize", True) and "image_mean" in found:
+    if found.get("do_normalize", True) and found.get("image_mean") and found.get("image_std"):
         mean, std = (_each(found[key], channels) for key in ("image_mean", "image_std"))
     return ImageInput(
         channels, size, mean, std, classes if named else (), accepts=lambda s: _runs(skeleton, channels, s)
