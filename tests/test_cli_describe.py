@@ -11,15 +11,19 @@ from typing import Any
 
 import pytest
 import torch
+from fastapi.testclient import TestClient
 from PIL import Image
 from test_cli import run
 
 from neuropil.atlas import Atlas
+from neuropil.build import kept_probe
 from neuropil.errors import NeuropilError
-from neuropil.interpret.milan import scene_captioner
+from neuropil.explorer import create_app
+from neuropil.interpret.milan import exemplars, scene_captioner
 from neuropil.interpret.milan.scenes import scenes
-from neuropil.interpret.milan.sheet import Pictures
-from neuropil.models import load
+from neuropil.interpret.milan.sheet import Pictures, Shown
+from neuropil.models import ImageInput, load
+from neuropil.vision import prepared
 
 
 @pytest.fixture(scope="module")
@@ -122,12 +126,87 @@ def test_what_is_wrong_is_said(net: Path, photos: Path, captioner: Path, tmp_pat
     assert "atlas" in refused(net, photos, "--captioner", captioner, "--atlas", tmp_path / "none")
 
 
-def test_pictures_are_cut_and_normalised(photos: Path, tmp_path: Path) -> None:
-    probe = Pictures(photos, (32, 32), (0.4, 0.5, 0.6), (0.2, 0.3, 0.5))
-    assert len(probe) == 20
-    shown = probe.show(torch.stack([probe[i] for i in range(3)]))
-    plain = Pictures(photos, (32, 32), (0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
-    torch.testing.assert_close(shown, torch.stack([plain[i] for i in range(3)]), rtol=0, atol=1e-5)
+def test_pictures_are_cut_and_shown_as_the_model_takes_them(photos: Path, tmp_path: Path) -> None:
+    plain = Pictures(photos, (32, 32))
+    wanted = ImageInput(3, (32, 32), (0.4, 0.5, 0.6), (0.2, 0.3, 0.5))
+    probe = Shown(plain, plain.names, wanted)
+    assert len(probe) == len(plain) == 20
+    given = torch.stack([probe[i] for i in range(3)])
+    raw = torch.stack([plain[i] for i in range(3)]) / 255
+    torch.testing.assert_close(
+        given, (raw - torch.tensor(wanted.mean)[:, None, None]) / torch.tensor(wanted.std)[:, None, None]
+    )
+    torch.testing.assert_close(probe.show(given), raw, rtol=0, atol=1e-5)
     (tmp_path / "bad.png").write_text("no")
     with pytest.raises(NeuropilError, match="can be read"):
         Pictures(tmp_path, (8, 8))[0]
+
+
+@pytest.fixture(scope="module")
+def cnn(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small ResNet for grey pictures that settles no size, as `save_pretrained` leaves it."""
+    from transformers import ResNetConfig, ResNetForImageClassification
+
+    path = tmp_path_factory.mktemp("models") / "cnn"
+    torch.manual_seed(0)
+    config = ResNetConfig(
+        num_channels=1, embedding_size=4, hidden_sizes=[4, 6], depths=[1, 1], layer_type="basic", num_labels=10
+    )
+    ResNetForImageClassification(config).eval().save_pretrained(path)
+    (path / "preprocessor_config.json").write_text(
+        json.dumps({"image_mean": [0.3, 0.3, 0.3], "image_std": [0.4, 0.4, 0.4]})
+    )
+    return path
+
+
+def test_from_a_checkpoint_to_neurons_found_by_words(cnn: Path, captioner: Path, tmp_path: Path) -> None:
+    """The whole way of a vision model: atlas, descriptions of the atlas's own images, query, find and page."""
+    path = tmp_path / "atlas"
+    done = run("atlas", cnn, "--images", "digits", "--no-causal", "--out", path, "--json")
+    assert done.exit_code == 0, done.stderr
+    done = run("describe", cnn, "--atlas", path, "--beam", 3, "--captioner", captioner, "--json")
+    assert done.exit_code == 0, done.stderr
+    facts = json.loads(done.stdout)
+    model = load(cnn)
+    assert (facts["images"], facts["pictures"]) == ("digits", 360)
+    assert facts["columns"] == ["description", "description_score", "milan_dead"]
+    assert [(u["layer"], u["unit"]) for u in facts["units"]] == [
+        (s.name, i) for s in model.sites for i in range(s.width)
+    ]
+
+    sql = "SELECT neuron, description, threshold, exemplar_images FROM neurons ORDER BY site, index"
+    rows = json.loads(run("query", path, sql, "--json").stdout)
+    assert [row["description"] for row in rows] == [u["description"] for u in facts["units"]]
+    told = next(row for row in rows if row["description"])
+    word = max(told["description"].split(), key=len)
+    found = json.loads(run("find", path, word, "--json", "--limit", 200).stdout)
+    assert told["neuron"] in {row["neuron"] for row in found if row["match"] == "token"}
+
+    # The described regions are those the atlas shows: the same images, normalised alike.
+    probe, same = kept_probe(path, model)
+    assert same
+    assert probe.pixels.shape == (360, 1, 8, 8)
+    again = exemplars(
+        model.module(), Shown(probe.pixels, probe.names, prepared(model, probe)), model.sites[0], keep=False
+    )
+    own = rows[: model.sites[0].width]
+    torch.testing.assert_close(again.threshold, torch.tensor([row["threshold"] for row in own]))
+    lists = [ids for ids, row in zip(again.image_ids.tolist(), own, strict=True) if row["exemplar_images"]]
+    assert lists == [row["exemplar_images"] for row in own if row["exemplar_images"]]
+
+    client = TestClient(create_app(path), base_url="http://127.0.0.1:8000")
+    assert f'<p class="described">{told["description"]}</p>' in client.get(f"/neuron/{told['neuron']}").text
+
+
+def test_images_by_name_and_what_is_missing(cnn: Path, net: Path, captioner: Path, tmp_path: Path) -> None:
+    common = ("-l", "0", "-k", 3, "--beam", 2, "--captioner", captioner, "--json")
+    done = run("describe", cnn, "digits", *common)
+    assert json.loads(done.stdout)["pictures"] == 360
+    none = run("describe", cnn)
+    assert none.exit_code == 2
+    assert "--atlas" in none.stderr
+    assert "no folder" in run("describe", cnn, "nowhere").stderr
+    model, path = load(net), tmp_path / "bare"
+    Atlas.create(path, model).close()
+    assert "holds no images" in run("describe", net, "--atlas", path, *common).stderr
+    assert "is the atlas of" in run("describe", cnn, "digits", "--atlas", path, *common).stderr

@@ -414,3 +414,45 @@ def test_neurons_are_found_by_what_describes_them(tmp_path: Path) -> None:
         assert {row["label"] for row in found} == {"a red sleeve", "sleeves"}
         if meaning.available():
             assert atlas.find("puppy", by="meaning", limit=1).to_pylist()[0]["label"] == "a striped dog"
+
+
+def test_bricks_come_as_the_explorer_says_and_serve_classes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import html
+    import re
+
+    import transformers as t
+    from fastapi.testclient import TestClient
+
+    from neuropil.explorer import create_app
+    from neuropil.interpret.bricks import brick_columns, functional_bricks, functionality, partition_bricks
+    from neuropil.interpret.bricks.columns import TYPES
+
+    monkeypatch.chdir(tmp_path)
+    config = t.ResNetConfig(
+        num_channels=1, embedding_size=4, hidden_sizes=[8, 40], depths=[1, 1], layer_type="basic", num_labels=3
+    )
+    t.ResNetForImageClassification(config).save_pretrained(tmp_path / "net")
+    model, images = load(tmp_path / "net"), noise()
+    build_atlas(model, "atlas", progress=False, images=images, causal=False)
+    client = TestClient(create_app(Path("atlas")), base_url="http://127.0.0.1:8000")
+    page = client.get("/bricks").text
+    assert "neuropil bricks" not in page
+    [code] = re.findall("<pre><code>(.*?)</code></pre>", page, re.DOTALL)
+    exec(compile(html.unescape(code), "the page", "exec"), {})
+    with Atlas.open("atlas") as atlas:
+        rows = atlas.query("SELECT site, brick FROM neurons").to_pylist()
+    parts = partition_bricks(model, size=32)
+    for site in model.sites:
+        assert [row["brick"] for row in rows if row["site"] == site.number] == parts.labels[site.name].tolist()
+    assert {row["brick"] for row in rows} == {0, 1}
+
+    assert images.labels is not None
+    assert model.image_input is not None
+    shown = {name: [model.image_input(images.pixels[images.labels == i])] for i, name in enumerate(images.classes)}
+    found = functionality(model.module(), shown)
+    with Atlas.create("atlas", model) as atlas:
+        columns = brick_columns(parts, found, functional_bricks(found, parts, draws=10))
+        atlas.add("bricks", columns, types=TYPES, overwrite=True, progress=False)
+        told = atlas.query("SELECT brick, predictivity_a, activation_max FROM neurons").to_pylist()
+    assert [row["brick"] for row in told] == [row["brick"] for row in rows]
+    assert all(row["predictivity_a"] is not None for row in told)

@@ -229,6 +229,26 @@ def probe_for(model: Model, images: str | Path | Probe | None) -> Probe:
     return probe(source, wanted.channels, size)
 
 
+def kept_probe(path: str | Path, model: Model) -> tuple[Probe, bool]:
+    """The images in the atlas of a vision model, and whether they are the very ones that it was shown.
+
+    Raises AtlasError where there are none, ModelError for a model that takes none.
+    """
+    from neuropil.atlas import Atlas
+    from neuropil.data.probes import kept, natural
+    from neuropil.models.pictures import as_images
+
+    wanted = model.image_input or as_images(model.skeleton)
+    if wanted is None:
+        raise ModelError(f"{model.name} ({model.architecture}) takes no images")
+    with Atlas.open(path) as atlas:
+        settings = atlas.manifest["groups"].get("activity", {}).get("settings", {})
+    high, wide = settings.get("size", (0, *natural("photos")))[-2:]
+    size = wanted.fitted((int(high), int(wide))).size
+    assert size is not None
+    return kept(Path(path), size)
+
+
 @contextlib.contextmanager
 def _ranks() -> Iterator[None]:
     """Under torchrun, joins the processes it started, so that they share the sites out."""

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from neuropil.data import Probe, probe
-from neuropil.data.probes import CROPS, natural, photographs, stored, stored_digest
+from neuropil.data.probes import CROPS, kept, natural, photographs, stored, stored_digest
 from neuropil.errors import AtlasError, MissingAsset, ModelError
 from neuropil.models import assets
 
@@ -34,13 +34,13 @@ def test_photos_are_the_same_every_time_and_cover_every_photograph() -> None:
 
 
 def test_a_crop_is_that_part_of_the_photograph() -> None:
-    found = probe("photos", 3, (427, 427))
+    found = probe("photos", 3, (427, 427), limit=1)
     path = next(path for path in photographs() if path.name == "china.jpg")
     with Image.open(path) as picture:
         whole = torch.from_numpy(np.asarray(picture).copy()).movedim(-1, 0)
-    first = found.names.index("china.jpg 427x427+0+0")
-    assert torch.equal(found.pixels[first], whole[:, :427, :427])
-    assert probe("photos", 1, (16, 16)).pixels.shape[1:] == (1, 16, 16)
+    assert found.names == ("china.jpg 427x427+0+0",)
+    assert torch.equal(found.pixels[0], whole[:, :427, :427])
+    assert probe("photos", 1, (16, 16), limit=5).pixels.shape[1:] == (1, 16, 16)
 
 
 def test_no_photographs(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -98,12 +98,12 @@ def test_what_makes_no_probe(tmp_path: Path) -> None:
 def test_images_kept_in_an_atlas(tmp_path: Path) -> None:
     assert stored(tmp_path) is None
     pixels = torch.randint(0, 256, (3, 3, 10, 200), dtype=torch.uint8)
-    kept = Probe("own", pixels, ("a", "b", "c"), torch.tensor([1, 0, 1]), ("x", "y"))
-    kept.save(tmp_path)
+    own = Probe("own", pixels, ("a", "b", "c"), torch.tensor([1, 0, 1]), ("x", "y"))
+    own.save(tmp_path)
     table = stored(tmp_path)
     assert table is not None
     assert table.column("class").to_pylist() == ["y", "x", "y"]
-    assert stored_digest(tmp_path) == kept.digest
+    assert stored_digest(tmp_path) == own.digest
     with Image.open(io.BytesIO(table.column("png")[0].as_py())) as shown:
         assert shown.size == (128, 6)
     Probe("small", pixels[:, :1, :, :12], ("a", "b", "c")).save(tmp_path)
@@ -117,3 +117,25 @@ def test_images_kept_in_an_atlas(tmp_path: Path) -> None:
     with pytest.raises(AtlasError, match="damaged"):
         stored(tmp_path)
     assert stored_digest(tmp_path) == ""
+
+
+def test_the_images_of_an_atlas_are_had_again(tmp_path: Path) -> None:
+    with pytest.raises(AtlasError, match="holds no images"):
+        kept(tmp_path, (8, 8))
+    for channels, size in ((1, (12, 10)), (3, (9, 9))):  # small: as they were
+        own = Probe("own", torch.randint(0, 256, (3, channels, *size), dtype=torch.uint8), ("a", "b", "c"))
+        own.save(tmp_path)
+        again, same = kept(tmp_path, size)
+        assert same
+        assert (again.digest, again.names, again.name) == (own.digest, own.names, "own")
+    size = (150, 140)  # larger than an atlas keeps: of a named set made again, others enlarged
+    for photos in (probe("photos", 3, size, limit=4), probe("digits", 1, size, limit=20)):
+        photos.save(tmp_path)
+        again, same = kept(tmp_path, size)
+        assert same
+        assert torch.equal(again.pixels, photos.pixels)
+    smooth = torch.linspace(0, 255, 140).expand(2, 3, 150, 140).to(torch.uint8)
+    Probe("mine", smooth, ("a", "b")).save(tmp_path)
+    again, same = kept(tmp_path, size)
+    assert not same
+    assert (again.pixels.float() - smooth.float()).abs().max() < 4

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -12,11 +12,11 @@ from neuropil.cli import output
 from neuropil.cli.app import AsJson, command, interruptible
 from neuropil.cli.atlas import load_model
 from neuropil.cli.output import Column
-from neuropil.errors import NeuropilError
+from neuropil.errors import ModelError, NeuropilError
 
 if TYPE_CHECKING:
     from neuropil.interpret.milan import MILAN, Description, ExemplarSet
-    from neuropil.interpret.milan.sheet import Pictures
+    from neuropil.interpret.milan.sheet import Shown
     from neuropil.models import Model
     from neuropil.neurons import Site
 
@@ -28,12 +28,18 @@ SHOWN = 12
     "Models",
     "neuropil describe ./my-vit ./photos --layer 3 --out units.csv",
     "neuropil describe ./my-resnet ./photos --out units.csv     every layer, and a page of pictures",
-    "neuropil describe ./my-vit ./photos --atlas atlases/vit    into an atlas of the model",
+    "neuropil describe ./my-vit --atlas atlases/my-vit           of the atlas's own images, into it",
+    "neuropil describe ./my-cnn fashion-mnist --out units.csv",
     "neuropil describe ./my-vit ./photos --captioner mine --encoder ./my-resnet",
 )
 def describe(
     model: Annotated[str, typer.Argument(help="A vision model: a Hugging Face folder or name.")],
-    images: Annotated[Path, typer.Argument(exists=True, file_okay=False, help="A folder of pictures.")],
+    images: Annotated[
+        str | None,
+        typer.Argument(
+            help="A folder of pictures, or one of photos, fashion-mnist, digits.", show_default="those of ATLAS"
+        ),
+    ] = None,
     layer: Annotated[
         list[str] | None,
         typer.Option("--layer", "-l", help="A site's number or name, or a module's name.", show_default="all sites"),
@@ -64,14 +70,18 @@ def describe(
     The captioner that is there by itself learned from generated scenes: it knows colours, textures, shapes, sizes and
     letters. It is trained in a few minutes when first used, and kept in the cache.
     """
+    if images is None and atlas is None:
+        raise typer.BadParameter("give pictures, or an atlas that holds some (--atlas).", param_hint="IMAGES")
     if atlas is not None:
         from neuropil.atlas import Atlas
 
         Atlas.open(atlas).close()  # it must be there, which is asked before the work
     loaded = load_model(model)
-    net = loaded.module()
     layers = _layers(loaded, layer)
-    probe = _probe(loaded, images)
+    if atlas is not None:
+        _fits(atlas, loaded, layers)
+    probe, origin = _probe(loaded, images, atlas)
+    net = loaded.module()
     milan = _captioner(captioner, encoder).set_params(lam=lam, beam=beam)
     described: list[tuple[ExemplarSet, list[Description]]] = []
     from neuropil.interpret.milan import exemplars
@@ -80,15 +90,17 @@ def describe(
         for each in layers:
             output.note(f"{each if isinstance(each, str) else each.name}: {output.plural(len(probe), 'picture')} …")
             found = exemplars(net, probe, each, k=k, quantile=quantile, show=probe.show)
-            described.append((found, milan.describe(found)))
+            texts = milan.describe(found)
+            described.append((found if out is not None else _bare(found), texts))
     facts: dict[str, Any] = {
-        "model": loaded.name, "pictures": len(probe), "captioner": str(captioner or "generated scenes"),
+        "model": loaded.name, "images": origin["images"], "pictures": len(probe),
+        "captioner": str(captioner or "generated scenes"),
         "units": [fact for found, texts in described for fact in _facts(found, texts)],
     }  # fmt: skip
     if out is not None:
         facts["written"] = _written(out, described, probe, loaded.name)
     if atlas is not None:
-        facts["columns"] = _added(atlas, loaded, described, layers, {"k": k, "quantile": quantile, "lam": lam})
+        facts["columns"] = _added(atlas, loaded, described, origin | {"k": k, "quantile": quantile, "lam": lam})
     output.as_json(facts) if as_json else _show(facts)
 
 
@@ -100,25 +112,50 @@ def _layers(loaded: Model, names: list[str] | None) -> list[str | Site]:
     return [by_name.get(name, name) for name in names]
 
 
-def _probe(loaded: Model, folder: Path) -> Pictures:
-    """At the size and with the normalisation that the model's own files tell."""
-    from neuropil.interpret.milan.sheet import Pictures
+def _fits(path: Path, loaded: Model, layers: list[str | Site]) -> None:
+    """Asked before the work: whether the descriptions may be put into the atlas."""
+    from neuropil.atlas import Atlas
 
-    said: dict[str, Any] = {}
-    if loaded.path is not None and (file := Path(loaded.path) / "preprocessor_config.json").is_file():
-        said = json.loads(file.read_text())
-    config = loaded.config
-    side = getattr(config, "image_size", None) or _side(said.get("size")) or 224
-    size = (side, side) if isinstance(side, int) else (int(side[0]), int(side[1]))
-    half = [0.5, 0.5, 0.5]
-    channels = getattr(config, "num_channels", 3)
-    return Pictures(folder, size, said.get("image_mean") or half, said.get("image_std") or half, channels)
+    if others := [each for each in layers if isinstance(each, str)]:
+        raise NeuropilError(f"an atlas holds sites alone, and {others[0]!r} is none; give a site's number or name")
+    Atlas.create(path, loaded).close()  # raises where it is of another model
 
 
-def _side(size: Any) -> Any:
-    if isinstance(size, dict):
-        return (size["height"], size["width"]) if "height" in size else size.get("shortest_edge")
-    return size
+def _probe(loaded: Model, images: str | None, atlas: Path | None) -> tuple[Shown, dict[str, Any]]:
+    """The pictures as the model wants them, and what an atlas remembers of them."""
+    from neuropil.build import kept_probe, probe_for
+    from neuropil.data.images import SETS
+    from neuropil.interpret.milan.sheet import Pictures, Shown
+    from neuropil.models.pictures import as_images
+    from neuropil.vision import prepared
+
+    if images is not None and images not in ("photos", *SETS):
+        folder = Path(images).expanduser()
+        if not folder.is_dir():
+            expected = ", ".join(("photos", *SETS))
+            raise typer.BadParameter(
+                f"{images} is no folder; give one of pictures, or {expected}.", param_hint="IMAGES"
+            )
+        wanted = loaded.image_input or as_images(loaded.skeleton)
+        if wanted is None:
+            raise ModelError(f"{loaded.name} ({loaded.architecture}) takes no images, so none drive its units")
+        wanted = wanted.fitted((224, 224))
+        assert wanted.size is not None
+        pictures = Pictures(folder, wanted.size, wanted.channels)
+        return Shown(pictures, pictures.names, wanted), {"images": folder.name, "count": len(pictures)}
+    if images is not None:
+        probe = probe_for(loaded, images)
+    else:
+        assert atlas is not None
+        probe, same = kept_probe(atlas, loaded)
+        if not same:
+            output.note(f"{atlas} keeps its images small, and they are enlarged; give IMAGES to see them in full")
+    return Shown(probe.pixels, probe.names, prepared(loaded, probe)), probe.settings
+
+
+def _bare(found: ExemplarSet) -> ExemplarSet:
+    """Without pictures and maps, of which those of all layers together may be too many."""
+    return replace(found, maps=found.maps[..., :1, :1], stored=found.stored[:0], stored_ids=found.stored_ids[:0])
 
 
 def _captioner(folder: Path | None, encoder: str | None) -> MILAN:
@@ -148,33 +185,27 @@ def _facts(found: ExemplarSet, texts: list[Description]) -> list[dict[str, Any]]
     ]
 
 
-def _written(
-    out: Path, described: list[tuple[ExemplarSet, list[Description]]], probe: Pictures, title: str
-) -> list[str]:
+def _written(out: Path, described: list[tuple[ExemplarSet, list[Description]]], probe: Shown, title: str) -> list[str]:
     from neuropil.interpret.milan.sheet import write_sheet, write_table
 
-    names = [str(path.relative_to(probe.folder)) for path in probe.paths]
     page = write_sheet(out.with_suffix(".html"), described, title)
-    return [str(write_table(out, described, names)), str(page)]
+    return [str(write_table(out, described, probe.names)), str(page)]
 
 
 def _added(
     path: Path,
     loaded: Model,
     described: list[tuple[ExemplarSet, list[Description]]],
-    layers: list[str | Site],
     settings: dict[str, Any],
 ) -> list[str]:
     from neuropil.atlas import Atlas
     from neuropil.interpret.milan import as_columns
 
-    others = [each for each in layers if isinstance(each, str)]
-    if others:
-        raise NeuropilError(f"an atlas holds sites alone, and {others[0]!r} is none; give a site's number or name")
     columns = {found.layer: as_columns(found, texts) for found, texts in described}
     with Atlas.create(path, loaded) as atlas:
         atlas.add("milan", columns, settings=settings, method="interpret.milan", overwrite=True)
-        return ["description", "description_score", "dead"]
+        names = ("description", "description_score", "dead")  # the last is there already where activity is
+        return [f"milan_{name}" if f"milan_{name}" in atlas.columns else name for name in names]
 
 
 def _show(facts: dict[str, Any]) -> None:

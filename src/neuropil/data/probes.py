@@ -127,6 +127,28 @@ def stored(folder: Path) -> pa.Table | None:
         raise AtlasError(f"{file} is damaged ({bad}); run the same `neuropil atlas` again") from bad
 
 
+def kept(folder: Path, size: tuple[int, int]) -> tuple[Probe, bool]:
+    """The images of an atlas at the size a model takes, and whether they are the very ones it was shown.
+
+    Larger ones than an atlas keeps are made again where they are of a named set, and enlarged otherwise: then the
+    answer is False. Classes are left out. Raises AtlasError where the atlas has no images.
+    """
+    table = stored(folder)
+    if table is None:
+        raise AtlasError(f"{folder} holds no images; give some (a folder of pictures, photos, {', '.join(SETS)})")
+    about = {key.decode(): value.decode() for key, value in (table.schema.metadata or {}).items()}
+    name, images = about.get("probe", ""), [_decoded(each) for each in table["png"].to_pylist()]
+    if tuple(images[0].shape[1:]) == size:
+        return Probe(name, torch.stack(images), tuple(table["name"].to_pylist())), True
+    if name in ("photos", *SETS):
+        again = probe(name, len(images[0]), size, len(images))
+        if again.digest == about.get("digest"):
+            return again, True
+    large = [torch.nn.functional.interpolate(each[None].float(), size, mode="bicubic")[0] for each in images]
+    pixels = torch.stack(large).round().clamp(0, 255).to(torch.uint8)
+    return Probe(name, pixels, tuple(table["name"].to_pylist())), False
+
+
 def stored_digest(folder: Path) -> str:
     """The digest of the probe whose images an atlas holds; "" where it has none that can be read."""
     try:
@@ -158,19 +180,17 @@ def _labelled(name: str, channels: int, size: tuple[int, int], limit: int) -> Pr
 
 def _cut(channels: int, size: tuple[int, int], limit: int) -> Probe:
     """Crops of every photograph at three scales, in rows and columns that overlap by half or more."""
-    names, pixels = [], []
-    for path in photographs():
-        picture = _opened(path)
-        wide, high = picture.size
-        for share in CROPS:
-            side = round(share * min(wide, high))
-            for top in _starts(high, side):
-                for left in _starts(wide, side):
-                    box = (left, top, left + side, top + side)
-                    pixels.append(_tensor(picture, channels, size, box))
-                    names.append(f"{path.name} {side}x{side}+{left}+{top}")
-    chosen = _spaced(len(pixels), limit)
-    return Probe("photos", torch.stack([pixels[i] for i in chosen]), tuple(names[i] for i in chosen))
+    opened = {path: _opened(path) for path in photographs()}
+    crops = [
+        (path, (left, top, left + side, top + side))
+        for path, picture in opened.items()
+        for side in (round(share * min(picture.size)) for share in CROPS)
+        for top in _starts(picture.height, side)
+        for left in _starts(picture.width, side)
+    ]
+    chosen = [crops[i] for i in _spaced(len(crops), limit)]
+    names = tuple(f"{path.name} {box[2] - box[0]}x{box[3] - box[1]}+{box[0]}+{box[1]}" for path, box in chosen)
+    return Probe("photos", torch.stack([_tensor(opened[path], channels, size, box) for path, box in chosen]), names)
 
 
 def photographs() -> list[Path]:
@@ -249,6 +269,13 @@ def _tensor(
     made = picture.convert("L" if channels == 1 else "RGB").resize((wide, high), Image.Resampling.BICUBIC, box=box)
     array = np.asarray(made, dtype=np.uint8).reshape(high, wide, channels)
     return torch.from_numpy(array.copy()).movedim(-1, 0)
+
+
+def _decoded(png: bytes) -> UInt8[Tensor, "c h w"]:
+    from PIL import Image
+
+    array = np.array(Image.open(io.BytesIO(png)))
+    return torch.from_numpy(array.reshape(*array.shape[:2], -1)).movedim(-1, 0)
 
 
 def _png(pixels: UInt8[Tensor, "c h w"]) -> bytes:

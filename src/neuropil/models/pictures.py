@@ -49,6 +49,19 @@ class ImageInput:
         x = (x - torch.tensor(self.mean).view(-1, 1, 1)) / torch.tensor(self.std).view(-1, 1, 1)
         return x.flatten(1) if self.flat else x
 
+    def pictures(self, x: Float[Tensor, "n ..."]) -> Float[Tensor, "n c h w"]:
+        """What the model was given, as pictures in 0..1 again.
+
+        >>> asked = ImageInput(3, (2, 2), mean=(0.5, 0.4, 0.3), std=(0.2, 0.2, 0.2), flat=True)
+        >>> pixels = torch.arange(12, dtype=torch.uint8).view(1, 3, 2, 2)
+        >>> torch.allclose(asked.pictures(asked(pixels)), pixels / 255, atol=1e-6)
+        True
+        """
+        if self.flat and self.size is not None:
+            x = x.unflatten(1, (self.channels, *self.size))
+        mean, std = (torch.tensor(values, device=x.device).view(-1, 1, 1) for values in (self.mean, self.std))
+        return (x * std + mean).clamp(0, 1)
+
     def fitted(self, natural: tuple[int, int]) -> ImageInput:
         """The same with a size: the model's own, else that of the images, else one the model runs on.
 
@@ -112,11 +125,17 @@ def _configured(skeleton: nn.Module, config: Any, folder: Path | None) -> ImageI
     classes = tuple(str(names[i]) for i in sorted(names)) if hasattr(skeleton, "classifier") else ()
     named = bool(classes) and classes != tuple(f"LABEL_{i}" for i in range(len(classes)))
     mean, std = (0.0,) * channels, (1.0,) * channels
-    if found.get("do_normalize", False) and "image_mean" in found:
-        mean, std = tuple(found["image_mean"]), tuple(found["image_std"])
+    if found.get("do_normalize", True) and found.get("image_mean") and found.get("image_std"):
+        mean, std = (_each(found[key], channels) for key in ("image_mean", "image_std"))
     return ImageInput(
         channels, size, mean, std, classes if named else (), accepts=lambda s: _runs(skeleton, channels, s)
     )
+
+
+def _each(values: float | list[float], channels: int) -> tuple[float, ...]:
+    """One number a channel: a processor may keep three, or one, for images of any."""
+    values = values if isinstance(values, list) else [values]
+    return tuple(float(v) for v in (values * channels)[:channels])
 
 
 def _sizes(config: Any, found: dict[str, Any]) -> Iterator[tuple[int, int] | None]:

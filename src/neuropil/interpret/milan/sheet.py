@@ -8,6 +8,7 @@ import html
 import io
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,35 +18,32 @@ from torch import Tensor
 from neuropil.errors import NeuropilError
 from neuropil.interpret.milan.estimator import Description
 from neuropil.interpret.milan.exemplars import ExemplarSet
+from neuropil.models import ImageInput
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff")
 FIELDS = ("layer", "unit", "dead", "description", "score", "threshold", "images")
 
 
-class Pictures(torch.utils.data.Dataset):
-    """The pictures below a folder, by name, at one size and normalised: `(0..1 - mean) / std`.
+class Pictures(Sequence[Tensor]):
+    """The pictures below a folder, by name, as bytes of one size: each is `[channels, height, width]`.
 
     The shorter side is brought to `size`, and the middle cut out. Raises NeuropilError where there is no picture.
     """
 
-    def __init__(
-        self,
-        folder: str | Path,
-        size: tuple[int, int],
-        mean: Sequence[float] = (0.5, 0.5, 0.5),
-        std: Sequence[float] = (0.5, 0.5, 0.5),
-        channels: int = 3,
-    ) -> None:
+    def __init__(self, folder: str | Path, size: tuple[int, int], channels: int = 3) -> None:
         self.folder, self.size, self.channels = Path(folder), size, channels
         self.paths = sorted(p for p in self.folder.rglob("*") if p.suffix.lower() in SUFFIXES)
         if not self.paths:
             raise NeuropilError(f"{folder}: no picture is in this folder; expected files in {', '.join(SUFFIXES)}")
-        self.mean, self.std = (torch.tensor(v, dtype=torch.float32)[:channels, None, None] for v in (mean, std))
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return tuple(str(path.relative_to(self.folder)) for path in self.paths)
 
     def __len__(self) -> int:
         return len(self.paths)
 
-    def __getitem__(self, place: int) -> Float[Tensor, "c h w"]:
+    def __getitem__(self, place: Any) -> Any:
         from PIL import Image, ImageOps
 
         try:
@@ -55,12 +53,24 @@ class Pictures(torch.utils.data.Dataset):
             raise NeuropilError(f"{self.paths[place]} is no picture that can be read ({error}); remove it") from error
         high, wide = self.size
         x = torch.from_numpy(np.array(ImageOps.fit(picture, (wide, high), Image.Resampling.BICUBIC)))
-        x = x.reshape(high, wide, self.channels).permute(2, 0, 1).float() / 255
-        return (x - self.mean) / self.std
+        return x.reshape(high, wide, self.channels).permute(2, 0, 1)
 
-    def show(self, x: Float[Tensor, "n c h w"]) -> Float[Tensor, "n c h w"]:
-        """Normalised pictures back in 0..1."""
-        return (x * self.std + self.mean).clamp(0, 1)
+
+class Shown(torch.utils.data.Dataset):
+    """Pictures as bytes, each as the model takes it: the data set that `exemplars` goes through; `show` undoes it."""
+
+    def __init__(self, pixels: Sequence[Tensor] | Tensor, names: Sequence[str], wanted: ImageInput) -> None:
+        self.pixels, self.names, self.wanted = pixels, tuple(names), wanted
+
+    def __len__(self) -> int:
+        return len(self.pixels)
+
+    def __getitem__(self, place: int) -> Tensor:
+        return self.wanted(self.pixels[place][None])[0]
+
+    def show(self, x: Float[Tensor, "n ..."]) -> Float[Tensor, "n c h w"]:
+        """What the model was given, as pictures in 0..1 again."""
+        return self.wanted.pictures(x)
 
 
 def write_table(
