@@ -261,7 +261,7 @@ def test_a_linear_map_reversed_twice_is_itself(name: str) -> None:
     assert len(once.steps) == 1  # reads no value: the input is only deleted
     step = once.steps[0]
     assert step.ins == (len(diagram.inputs),)
-    from neuropil.interpret.diagrams.core import of
+    from neuropil.interpret.diagrams.construct import of
 
     again = of(step.op).backward()
     assert again.steps[0].op == diagram.steps[0].op
