@@ -341,7 +341,7 @@ def test_a_linear_map_keeps_nothing() -> None:
 
 
 def test_peak_is_the_widest_cut() -> None:
-    diagram = build("a=2 b=3", lambda x: total("a b c")(einsum("a b, c=5 -> a b c")(x, x.builder.put(_ones(), [])[0])))
+    diagram = build("a=2 b=3", lambda x: total("a b c")(einsum("a b, c=5 -> a b c")(x, x.beside(_ones()))))
     assert diagram.cost().cuts == (6, 30, 1)
     assert diagram.cost().peak == 30
 
