@@ -242,14 +242,14 @@ def test_the_snake() -> None:
     x = torch.randn(4)
     snake = build(
         "a=4",
-        lambda v: rename(b="a")(einsum("a b, a -> b")(v.builder.put(constant("eye", "a=4 b=4"), [])[0], v)),
+        lambda v: rename(b="a")(einsum("a b, a -> b")(v.beside(constant("eye", "a=4 b=4")), v)),
     )
     torch.testing.assert_close(snake(x), x, rtol=0, atol=1e-6)
     bent = build(
         "a=4",
         lambda v: einsum("a c, b c -> a b")(
-            outer("a=4", "c=3")(v, v.builder.put(constant("full", "c=3", 1.0), [])[0]),
-            v.builder.put(constant("full", "b=2 c=3", 1.0), [])[0],
+            outer("a=4", "c=3")(v, v.beside(constant("full", "c=3", 1.0))),
+            v.beside(constant("full", "b=2 c=3", 1.0)),
         ),
     )
     torch.testing.assert_close(bent(x), 3 * x[:, None].expand(4, 2), rtol=0, atol=1e-6)
@@ -259,8 +259,7 @@ def test_transposing_by_products_with_identities() -> None:
     x = torch.randn(3, 5)
 
     def by_outer(v: Any) -> Any:
-        put = v.builder.put
-        rows, columns = (put(constant("eye", text), [])[0] for text in ("a=3 c=3", "b=5 d=5"))
+        rows, columns = (v.beside(constant("eye", text)) for text in ("a=3 c=3", "b=5 d=5"))
         return einsum("a b, a c, b d -> d c")(v, rows, columns)
 
     found = build("a=3 b=5", by_outer)(x)
@@ -353,8 +352,8 @@ def test_tensors_that_do_not_fit() -> None:
     with pytest.raises(DiagramError, match="has no function"):
         box("f", "a -> b")(torch.ones(2))
     with pytest.raises(DiagramError, match="two weights called 'w'"):
-        build("a=2", lambda x: (mul(x, x), x.builder.put(weight("w", "a=2"), [])[0],
-                                x.builder.put(weight("w", "b=3"), [])[0])).torch()  # fmt: skip
+        build("a=2", lambda x: (mul(x, x), x.beside(weight("w", "a=2")),
+                                x.beside(weight("w", "b=3")))).torch()  # fmt: skip
 
 
 def test_expressions_are_read_and_not_run() -> None:
@@ -373,7 +372,7 @@ def everything() -> list[Diagram]:
     tokens = embedding("v=7 -> m=4", "table").on("int: s=3") >> layer_norm("m") >> linear("m -> k=2 h=2", "q")
     seen = conv("c -> d=2", "conv", {"x": Window("x1", 3, 2, 1)}).on("c=3 x=9") >> maximum("x1")
     joined = build("a=2 b=3, a=2 c=4", lambda x, y: concat("d")(x, y))
-    masked = build("y=3 x=3", lambda s: softmax("x")(add(s, s.builder.put(constant("causal", "y x"), [])[0])))
+    masked = build("y=3 x=3", lambda s: softmax("x")(add(s, s.beside(constant("causal", "y x")))))
     return [tokens, seen, joined, masked, block("b", tokens) >> scale("1/sqrt(k)"), split("m -> h k=2").on("m=6")]
 
 

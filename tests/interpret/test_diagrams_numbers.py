@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -18,6 +19,7 @@ from neuropil.interpret.diagrams import (
     box,
     build,
     concat,
+    constant,
     conv,
     conv_transpose,
     einsum,
@@ -41,6 +43,7 @@ from neuropil.interpret.diagrams import (
 )
 from neuropil.interpret.diagrams import architectures as shipped
 from neuropil.interpret.diagrams.axes import symbol
+from neuropil.interpret.diagrams.construct import of
 from neuropil.interpret.diagrams.core import Diagram
 from neuropil.interpret.diagrams.functions import FUNCTIONS, arguments
 from neuropil.interpret.diagrams.reverse import saved
@@ -50,6 +53,11 @@ SMALL: dict[str, Callable[[], Diagram]] = {
     **shipped.SMALL,
     "masked attention": lambda: shipped.attention(masked=True).sized(y=3, x=3, k=2, h=2),
 }
+
+
+@functools.cache
+def small(name: str) -> Diagram:
+    return SMALL[name]()
 
 
 def drawn(diagram: Diagram, seed: int = 0) -> list[Tensor]:
@@ -211,7 +219,7 @@ def gradients_agree(diagram: Diagram, seed: int = 0) -> None:
 
 @pytest.mark.parametrize("name", SMALL)
 def test_gradients_of_architectures(name: str) -> None:
-    gradients_agree(SMALL[name]())
+    gradients_agree(small(name))
 
 
 def positive(x: Any) -> Any:
@@ -261,8 +269,6 @@ def test_a_linear_map_reversed_twice_is_itself(name: str) -> None:
     assert len(once.steps) == 1  # reads no value: the input is only deleted
     step = once.steps[0]
     assert step.ins == (len(diagram.inputs),)
-    from neuropil.interpret.diagrams.core import of
-
     again = of(step.op).backward()
     assert again.steps[0].op == diagram.steps[0].op
 
@@ -279,7 +285,7 @@ def test_backward_costs_about_twice_the_forward_pass() -> None:
 
 @pytest.mark.parametrize("name", SMALL)
 def test_operations_and_parameters_are_those_counted(name: str) -> None:
-    diagram = SMALL[name]()
+    diagram = small(name)
     net = diagram.torch()
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         net(*(x.float() for x in drawn(diagram)))
@@ -341,12 +347,8 @@ def test_a_linear_map_keeps_nothing() -> None:
 
 
 def test_peak_is_the_widest_cut() -> None:
-    diagram = build("a=2 b=3", lambda x: total("a b c")(einsum("a b, c=5 -> a b c")(x, x.builder.put(_ones(), [])[0])))
+    diagram = build(
+        "a=2 b=3", lambda x: total("a b c")(einsum("a b, c=5 -> a b c")(x, x.beside(constant("full", "c=5", 1.0))))
+    )
     assert diagram.cost().cuts == (6, 30, 1)
     assert diagram.cost().peak == 30
-
-
-def _ones() -> Diagram:
-    from neuropil.interpret.diagrams import constant
-
-    return constant("full", "c=5", 1.0)

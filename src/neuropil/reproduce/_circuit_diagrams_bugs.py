@@ -119,10 +119,10 @@ def heads_diagram(bug: str, n: dict[str, Any]) -> Diagram:
         late = bug == "mask after the softmax"
         mask = constant("causal", axes)
         if bug != "mask missing" and not late:
-            scores = add(scores, y.builder.put(mask, [])[0])
+            scores = add(scores, y.beside(mask))
         scores = softmax("x")(scores)
         if late:
-            scores = add(scores, y.builder.put(mask, [])[0])
+            scores = add(scores, y.beside(mask))
         mixed = einsum("y x h, x k h -> y k h")(scores, v)
         flat = merge("h k -> n" if bug == "heads merged in the other order" else "k h -> n")(mixed)
         if bug == "output map missing":
@@ -170,7 +170,7 @@ def mlp_diagram(bug: str, n: dict[str, Any]) -> Diagram:
     def program(x: Any) -> Any:
         first = ("d -> e" if bug == "layers in the wrong order" else "m -> d") + f"={n['d']}"
         hidden = linear(first, "up", bias=False)(x)
-        bias = x.builder.put(weight("up.bias", f"d={n['d']}"), [])[0]
+        bias = x.beside(weight("up.bias", f"d={n['d']}"))
         hidden = add(hidden, rename(d="b")(bias) if bug == "bias over the batch" else bias)
         if bug != "activation missing":
             hidden = relu(hidden)
@@ -215,8 +215,7 @@ def norm_diagram(bug: str, n: dict[str, Any]) -> Diagram:
             square(x if bug == "variance not centred" else centred)
         )
         normal = mul(centred, rsqrt(shift(0.1)(spread)))
-        put = x.builder.put
-        gain, bias = (put(weight(name, f"m={n['m']}"), [])[0] for name in ("gain", "bias"))
+        gain, bias = (x.beside(weight(name, f"m={n['m']}")) for name in ("gain", "bias"))
         if bug == "gain over places":
             gain = rename(m="s")(gain)
         normal = (add if bug == "gain added" else mul)(normal, gain)
@@ -250,7 +249,7 @@ def conv_diagram(bug: str, n: dict[str, Any]) -> Diagram:
         same = {a: Window(a, 3, 1, 1) for a in ("x1", "y1")}
         name = "conv2"
         second = rename(e="d")(conv(f"d -> e={n['d']}", name, same, bias=False)(fresh))
-        gain = image.builder.put(weight("gain", f"d={n['d']}"), [])[0]
+        gain = image.beside(weight("gain", f"d={n['d']}"))
         second = mul(second, rename(d="x1")(gain) if bug == "gain along x" else gain)
         if bug != "skip missing":
             second = add(second, fresh if bug == "skip after the activation" else first)

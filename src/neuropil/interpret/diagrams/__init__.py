@@ -43,34 +43,27 @@ Deep Learning Architectures", TMLR 2024, arXiv:2402.05424.
 """
 
 from neuropil.interpret.diagrams.axes import Array, Axis, DiagramError, array, axis
-from neuropil.interpret.diagrams.core import (
-    Builder,
-    Diagram,
-    Op,
-    Polymorphic,
-    Step,
-    Wire,
-    block,
-    build,
-    identity,
-    wiring,
+from neuropil.interpret.diagrams.construct import Polymorphic, block, build, identity, wiring
+from neuropil.interpret.diagrams.core import Builder, Diagram, Op, Step, Wire
+from neuropil.interpret.diagrams.learned import (
+    batch_norm,
+    embedding,
+    layer_norm,
+    learned_scale,
+    learned_shift,
+    linear,
+    weight,
 )
 from neuropil.interpret.diagrams.library import (
     add,
-    batch_norm,
     box,
     concat,
     constant,
     div,
     einsum,
     elementwise,
-    embedding,
     exp,
     gelu,
-    layer_norm,
-    learned_scale,
-    learned_shift,
-    linear,
     log,
     maximum,
     mean,
@@ -94,7 +87,6 @@ from neuropil.interpret.diagrams.library import (
     tanh,
     total,
     transpose,
-    weight,
 )
 from neuropil.interpret.diagrams.spatial import Window, conv, conv_transpose, max_pool, mean_pool, unfold
 from neuropil.interpret.diagrams.trace import Circuit, circuit_diagram

@@ -57,9 +57,9 @@ def exported(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -
     calls: dict[str, Callable[..., Any]] = {}
     try:
         program = _try(module, args, kwargs)
-    except Exception as error:  # of any kind: it is the model's code that runs
+    except Exception:  # of any kind: it is the model's code that runs
         seen = _observed(module, args, kwargs)
-        _find(module, "", seen, opaque, calls, error)
+        _find(module, "", seen, opaque, calls)
         if "" in opaque:
             program = None
         else:
@@ -115,7 +115,6 @@ def _find(
     seen: Mapping[str, _Call],
     opaque: dict[str, str],
     calls: dict[str, Callable[..., Any]],
-    error: Exception,
 ) -> None:
     """The smallest modules that must be opaque so that this one, which cannot be exported, can."""
     whole = module.get_submodule(path)
@@ -125,8 +124,8 @@ def _find(
         for place in inner:
             try:
                 _export_part(module, place, seen, opaque)
-            except Exception as refused:
-                _find(module, place, seen, opaque, calls, refused)
+            except Exception:
+                _find(module, place, seen, opaque, calls)
     try:
         _export_part(module, path, seen, opaque)
     except Exception as still:

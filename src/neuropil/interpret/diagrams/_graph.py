@@ -15,7 +15,8 @@ from torch.utils import _pytree as pytree
 
 from neuropil.interpret.diagrams._export import Exported
 from neuropil.interpret.diagrams.axes import Array, Axis, DiagramError, array
-from neuropil.interpret.diagrams.core import Builder, Diagram, Op, Wire, of
+from neuropil.interpret.diagrams.construct import of
+from neuropil.interpret.diagrams.core import Builder, Diagram, Op, Wire
 from neuropil.interpret.diagrams.dims import Dims, relate
 
 NICE = {"scaled_dot_product_attention": "attention", "_safe_softmax": "softmax", "_unsafe_view": "view",
@@ -300,9 +301,9 @@ class _Emitter:
                     end += 1
                 op, ins, outs = self._block(number, end, depth, path)
             elif (end := self._indices(number, high, depth)) > number + 2:
-                op, ins, outs = self._group(number, end, depth, path)
+                op, ins, outs = self._group(number, end)
             else:
-                end, (op, ins, outs) = number + 1, self._plain(record, path)
+                end, (op, ins, outs) = number + 1, self._plain(record)
             made = builder.add(op, [self._wire(builder, wires, i, path) for i in ins])
             wires |= dict(zip(outs, made, strict=True))
             number = end
@@ -329,13 +330,13 @@ class _Emitter:
     def _reads_weights(self, record: Record) -> bool:
         return any(self.reader.values[i].weight for i in record.ins)
 
-    def _group(self, low: int, high: int, depth: int, path: str) -> tuple[Op, list[int], list[int]]:
+    def _group(self, low: int, high: int) -> tuple[Op, list[int], list[int]]:
         """Such a run as one box, which no module of the model is."""
         ins, outs = self._ends(low, high)
         body = Builder([self.array(i) for i in ins])
         wires = dict(zip(ins, body.inputs, strict=True))
         for record in self.reader.records[low:high]:
-            op, read, made = self._plain(record, path)
+            op, read, made = self._plain(record)
             wires |= dict(zip(made, body.add(op, [wires[i] for i in read]), strict=True))
         inside = body.finish([wires[i] for i in outs])
         options = (("name", "indices"), ("role", "positions, masks"), ("group", True))
@@ -357,7 +358,7 @@ class _Emitter:
         options = (("name", name), ("role", role))
         return Op("block", body.dom, body.cod, (), options, body), ins, outs
 
-    def _plain(self, record: Record, path: str) -> tuple[Op, list[int], list[int]]:
+    def _plain(self, record: Record) -> tuple[Op, list[int], list[int]]:
         dom = tuple(self.array(i) for i in record.ins)
         cod = tuple(self.array(i) for i in record.outs)
         over = _over(record, dom, cod) if record.kind == "aten" else ()

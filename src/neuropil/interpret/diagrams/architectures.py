@@ -8,15 +8,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from neuropil.interpret.diagrams.core import Diagram, Wire, block, build
+from neuropil.interpret.diagrams.construct import block, build
+from neuropil.interpret.diagrams.core import Diagram, Wire
+from neuropil.interpret.diagrams.learned import batch_norm, layer_norm, linear
 from neuropil.interpret.diagrams.library import (
     add,
-    batch_norm,
     concat,
     constant,
     einsum,
-    layer_norm,
-    linear,
     mean,
     merge,
     relu,
@@ -47,7 +46,7 @@ def attention(masked: bool = False, y: str = "y", x: str = "x") -> Diagram:
     def heads(q: Wire, k: Wire, v: Wire) -> Any:
         scores = scale("1/sqrt(k)")(einsum(f"{y} k h, {x} k h -> {y} {x} h")(q, k))
         if masked:
-            scores = add(scores, q.builder.put(constant("causal", f"{y} {x}"), [])[0])
+            scores = add(scores, q.beside(constant("causal", f"{y} {x}")))
         return einsum(f"{y} {x} h, {x} k h -> {y} k h")(softmax(x)(scores), v)
 
     return build(f"{y} k h, {x} k h, {x} k h", heads)

@@ -61,6 +61,11 @@ def as_size(value: Any) -> Size:
     return value
 
 
+def plain(value: Any) -> Any:
+    """An int where an expression is one; all else as it is."""
+    return int(value) if isinstance(value, sympy.Integer) else value
+
+
 def expression(text: str) -> Any:
     """The expression that a text writes with numbers, names, + - * / **, sqrt and floor; nothing is ever run.
 

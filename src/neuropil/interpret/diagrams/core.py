@@ -11,7 +11,6 @@ Broadcasting is part of a step: `over` names the axes that run past its box.
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -25,15 +24,13 @@ from neuropil.interpret.diagrams.axes import (
     Arrays,
     Axis,
     DiagramError,
-    array,
-    arrays,
     as_size,
-    expression,
-    same_size,
+    plain,
     sizes_of,
     symbol,
     written,
 )
+from neuropil.interpret.diagrams.fitting import bindings, check_fit
 
 if TYPE_CHECKING:
     from neuropil.interpret.diagrams.cost import Cost
@@ -82,24 +79,6 @@ class Op:
             body=None if self.body is None else self.body._changed(array_of, size_of),
         )
 
-    def lift(self, new: Axis, carried: Sequence[bool], at: int) -> Op:
-        """Broadcast over one axis more, carried by some of the inputs."""
-        if any(new.name in a.names for a in (*self.dom, *self.cod)):
-            raise DiagramError(
-                f"{self.name or self.kind} cannot be broadcast over {new.name!r}, which it has; rename it"
-            )
-        if self.kind in ("aten", "opaque", "vjp") or (self.kind == "concat" and not all(carried)):
-            raise DiagramError(f"{self.name or self.kind} cannot be broadcast over {new.name!r}: no rule for it")
-        dom = tuple(a.with_axis(new, at) if yes else a for a, yes in zip(self.dom, carried, strict=True))
-        if self.body is not None:
-            body = self.body.lift(new, carried=carried, at=at)
-            return dataclasses.replace(self, dom=dom, cod=body.cod, body=body)
-        cod = tuple(a.with_axis(new, at) for a in self.cod)
-        over = tuple(sorted({*self.over, new.name}))
-        if self.kind == "einsum":
-            over = ()  # an einsum has no inside: all its axes are alike
-        return dataclasses.replace(self, dom=dom, cod=cod, over=over)
-
 
 @dataclass(frozen=True)
 class Step:
@@ -120,6 +99,10 @@ class Wire:
     @property
     def array(self) -> Array:
         return self.builder.arrays[self.number]
+
+    def beside(self, source: Diagram) -> Wire:
+        """The one array of a diagram without inputs, such as a weight, in the diagram that this wire is of."""
+        return self.builder.put(source, [])[0]
 
     def __add__(self, other: Wire) -> Wire:
         from neuropil.interpret.diagrams.library import add
@@ -176,11 +159,10 @@ class Diagram:
 
     def sized(self, **sizes: Any) -> Diagram:
         """With sizes in place of symbols: `diagram.sized(y=20, x=22)`."""
-        unknown = sorted(set(sizes) - {s.name for size in self.sizes.values() for s in _symbols(size)})
-        if unknown:
-            raise DiagramError(
-                f"no size of this diagram is called {', '.join(unknown)}; there are {written_sizes(self.sizes)}"
-            )
+        known = {s.name for size in self.sizes.values() if not isinstance(size, int) for s in size.free_symbols}
+        if unknown := sorted(set(sizes) - known):
+            there = ", ".join(sorted(known)) or "none"
+            raise DiagramError(f"no size of this diagram is called {', '.join(unknown)}; there are {there}")
         return self._bound({symbol(name): size for name, size in sizes.items()})
 
     def _bound(self, sizes: Mapping[Any, Any]) -> Diagram:
@@ -188,10 +170,7 @@ class Diagram:
             return self
 
         def number(value: Any) -> Any:
-            if not isinstance(value, sympy.Expr):
-                return value
-            found = value.subs(sizes, simultaneous=True)
-            return int(found) if isinstance(found, sympy.Integer) else found
+            return plain(value.subs(sizes, simultaneous=True)) if isinstance(value, sympy.Expr) else value
 
         return self._changed(lambda a: a.sized(sizes), number)
 
@@ -203,8 +182,6 @@ class Diagram:
 
     def __rshift__(self, other: Any) -> Diagram:
         """First this, then the other; the arrays between them must be the same."""
-        if isinstance(other, Polymorphic):
-            other = other.on(*self.cod)
         if not isinstance(other, Diagram):
             return NotImplemented
         left, right = unified(self, other)
@@ -228,18 +205,9 @@ class Diagram:
         `carried` says which inputs have the axis (inner broadcasting); all by default. It stands last, or first with
         `at=0`. Boxes that nothing of it reaches, such as weights, stay as they are.
         """
-        new = array(new).axes[0] if isinstance(new, str) else new
-        yes = [True] * len(self.inputs) if carried is None else list(carried)
-        if len(yes) != len(self.inputs):
-            raise DiagramError(f"carried has {len(yes)} entries for {len(self.inputs)} inputs")
-        builder = Builder([a.with_axis(new, at) if on else a for a, on in zip(self.inputs, yes, strict=True)])
-        wires = list(builder.inputs)
-        for step in self.steps:
-            on = [yes[i] for i in step.ins]
-            op = step.op.lift(new, on, at) if any(on) else step.op
-            wires += builder.add(op, [wires[i] for i in step.ins])
-            yes += [new.name in a.names for a in op.cod]
-        return builder.finish([wires[i] for i in self.outputs])
+        from neuropil.interpret.diagrams.broadcast import broadcast
+
+        return broadcast(self, new, carried, at)
 
     def __call__(self, *given: Any) -> Any:
         """On wires (while a diagram is built) or on tensors (its value, for diagrams without weights)."""
@@ -310,12 +278,16 @@ class Diagram:
         return f"{written(self.dom)} -> {written(self.cod)}"
 
     def to_json(self) -> str:
-        return json.dumps(_encode(self), sort_keys=True)
+        from neuropil.interpret.diagrams.serialize import to_json
+
+        return to_json(self)
 
     @staticmethod
     def from_json(text: str) -> Diagram:
         """Read what `to_json` wrote."""
-        return _decode(json.loads(text))
+        from neuropil.interpret.diagrams.serialize import from_json
+
+        return from_json(text)
 
 
 class Builder:
@@ -362,25 +334,9 @@ class Builder:
 
     def finish(self, outputs: Sequence[Wire]) -> Diagram:
         """The diagram, its steps in the canonical order and those that nothing reads left out."""
-        maker = {wire: number for number, step in enumerate(self.steps) for wire in step.outs}
-        order: list[int] = []
-        state: dict[int, int] = {}
-        for root in (maker[w.number] for w in outputs if w.number in maker):
-            stack = [root]
-            while stack:
-                number = stack[-1]
-                if state.get(number) == 2:
-                    stack.pop()
-                elif state.get(number) == 1:
-                    state[number] = 2
-                    order.append(stack.pop())
-                else:
-                    state[number] = 1
-                    needed = [maker[i] for i in self.steps[number].ins if i in maker]
-                    stack += [n for n in reversed(needed) if n not in state]
         names = {i: i for i in range(self.count)}
         steps = []
-        for number in order:
+        for number in self._needed(outputs):
             step = self.steps[number]
             ins = tuple(names[i] for i in step.ins)
             outs = tuple(range(len(names), len(names) + len(step.outs)))
@@ -388,116 +344,26 @@ class Builder:
             steps.append(Step(step.op, ins, outs))
         return Diagram(tuple(self.arrays[: self.count]), tuple(steps), tuple(names[w.number] for w in outputs))
 
-
-@dataclass(frozen=True)
-class Polymorphic:
-    """A box for arrays yet unknown, such as a softmax over x: it takes whatever has the axes it needs."""
-
-    make: Callable[..., Diagram] = field(repr=False)
-    name: str
-
-    def on(self, *given: str | Array) -> Diagram:
-        """The diagram for these arrays."""
-        return self.make(*(array(a) for a in given))
-
-    def __call__(self, *given: Any) -> Any:
-        if not all(isinstance(w, Wire) for w in given):
-            raise DiagramError(f"{self.name} is for any arrays; say which with .on('y x'), then call it")
-        return self.on(*(w.array for w in given))(*given)
-
-    def __rshift__(self, other: Any) -> Polymorphic:
-        if not isinstance(other, Diagram | Polymorphic):
-            return NotImplemented
-        return Polymorphic(lambda *given: self.on(*given) >> other, f"{self.name} >> {getattr(other, 'name', other)}")
-
-
-def build(inputs: str | Arrays, function: Callable[..., Any]) -> Diagram:
-    """The diagram of a function of wires, so that a wire can be used by name and twice.
-
-    >>> from neuropil.interpret.diagrams import relu
-    >>> str(build("y m", lambda x: x + relu(x)))
-    'y m -> y m'
-    """
-    builder = Builder(arrays(inputs))
-    outputs = function(*builder.inputs)
-    return builder.finish([outputs] if isinstance(outputs, Wire) else list(outputs))
-
-
-def of(op: Op) -> Diagram:
-    """The diagram of one box."""
-    ins = tuple(range(len(op.dom)))
-    outs = tuple(range(len(op.dom), len(op.dom) + len(op.cod)))
-    return Diagram(op.dom, (Step(op, ins, outs),), outs)
-
-
-def identity(text: str | Arrays = "") -> Diagram:
-    given = arrays(text)
-    return Diagram(given, (), tuple(range(len(given))))
-
-
-def wiring(text: str | Arrays, order: Sequence[int]) -> Diagram:
-    """Copies, deletes and swaps: output i is input `order[i]`.
-
-    >>> swap = wiring("a, b", (1, 0))
-    >>> swap >> wiring("b, a", (1, 0)) == identity("a, b")
-    True
-    """
-    given = arrays(text)
-    if any(not 0 <= i < len(given) for i in order):
-        raise DiagramError(f"an order {tuple(order)} of {len(given)} arrays; expected places from 0")
-    return Diagram(given, (), tuple(order))
-
-
-def block(name: str, inside: Diagram, **options: Any) -> Diagram:
-    """A fence around a diagram: drawn as one box or opened, its weights under its name."""
-    more = tuple(sorted(options.items()))
-    return of(Op("block", inside.dom, inside.cod, (), (("name", name), *more), inside))
-
-
-# ---------------------------------------------------------------------------------------------------- fitting
-
-
-def check_fit(found: Arrays, wanted: Arrays, who: str) -> None:
-    """DiagramError naming the first place where two tuples of arrays differ."""
-    if found == wanted:
-        return
-    if len(found) != len(wanted):
-        raise DiagramError(
-            f"{len(found)} arrays ({written(found)}) for {who}, which takes {len(wanted)} ({written(wanted)})"
-        )
-    for number, (have, want) in enumerate(zip(found, wanted, strict=True), 1):
-        where = f"array {number} of {who}"
-        if len(have.axes) != len(want.axes):
-            raise DiagramError(f"{where}: given {str(have)!r} with {len(have.axes)} axes, expected {str(want)!r}")
-        if have.dtype != want.dtype:
-            raise DiagramError(f"{where}: given an array of {have.dtype}, expected one of {want.dtype}")
-        for a, b in zip(have.axes, want.axes, strict=True):
-            if a.name != b.name:
-                raise DiagramError(
-                    f"{where}: given axis {a.name!r} of size {a.size} where axis {b.name!r} of size {b.size} "
-                    f"is expected ({str(have)!r} for {str(want)!r}); rename or transpose"
-                )
-            if not same_size(a.size, b.size):
-                raise DiagramError(f"{where}: axis {a.name!r} of size {a.size} given, of size {b.size} expected")
-
-
-def bindings(left: Mapping[str, Any], right: Mapping[str, Any]) -> dict[Any, Any]:
-    """What the free sizes of both become when they share axes; DiagramError where sizes clash."""
-    out: dict[Any, Any] = {}
-    for name in left.keys() & right.keys():
-        a, b = left[name], right[name]
-        if a == b:
-            continue
-        if Axis(name, a).free:
-            out[symbol(name)] = b
-        elif Axis(name, b).free:
-            out[symbol(name)] = a
-        elif not same_size(a, b):
-            raise DiagramError(
-                f"axis {name!r} has size {a} on the left and axis {name!r} has size {b} on the right; "
-                f"give one another name, or both the same size"
-            )
-    return dict(sorted(out.items(), key=lambda pair: str(pair[0])))
+    def _needed(self, outputs: Sequence[Wire]) -> list[int]:
+        """The steps that the outputs depend on, in the order of a walk back from them, what is read first."""
+        maker = {wire: number for number, step in enumerate(self.steps) for wire in step.outs}
+        order: list[int] = []
+        opened: set[int] = set()
+        done: set[int] = set()
+        for root in (maker[w.number] for w in outputs if w.number in maker):
+            stack = [root]
+            while stack:
+                number = stack[-1]
+                if number in opened:
+                    stack.pop()
+                    if number not in done:
+                        done.add(number)
+                        order.append(number)
+                else:
+                    opened.add(number)
+                    needed = [maker[i] for i in self.steps[number].ins if i in maker]
+                    stack += [n for n in reversed(needed) if n not in opened]
+        return order
 
 
 def unified(left: Diagram, right: Diagram) -> tuple[Diagram, Diagram]:
@@ -510,14 +376,6 @@ def join(path: str, name: str) -> str:
     if name.startswith("/"):
         return name[1:]
     return f"{path}.{name}" if path and name else path or name
-
-
-def written_sizes(sizes: Mapping[str, Any]) -> str:
-    return ", ".join(sorted({s.name for size in sizes.values() for s in _symbols(size)})) or "none"
-
-
-def _symbols(size: Any) -> set[Any]:
-    return set() if isinstance(size, int) else size.free_symbols
 
 
 def _sizes_in(value: Any, size_of: Callable[[Any], Any]) -> Any:
@@ -539,56 +397,3 @@ def _unpack(builder: Builder, diagram: Diagram, wires: Sequence[Wire], path: str
             op = dataclasses.replace(op, options=options)
         here += builder.add(op, ins)
     return [here[i] for i in diagram.outputs]
-
-
-# -------------------------------------------------------------------------------------------------------- JSON
-
-
-def _encode(value: Any) -> Any:
-    if isinstance(value, Diagram):
-        steps = [[_encode(s.op), list(s.ins)] for s in value.steps]
-        return {"inputs": [_encode(a) for a in value.inputs], "steps": steps, "outputs": list(value.outputs)}
-    if isinstance(value, Op):
-        return {
-            "kind": value.kind,
-            "dom": [_encode(a) for a in value.dom],
-            "cod": [_encode(a) for a in value.cod],
-            "over": list(value.over),
-            "options": {key: _encode(v) for key, v in value.options},
-            "order": [key for key, _ in value.options],
-            "body": None if value.body is None else _encode(value.body),
-        }
-    if isinstance(value, Array):
-        return {"dtype": value.dtype, "axes": [[a.name, _encode(a.size)] for a in value.axes]}
-    if isinstance(value, sympy.Expr):
-        return {"expression": str(value)}
-    if isinstance(value, tuple):
-        return [_encode(v) for v in value]
-    if isinstance(value, float) and value != value + 0 * value:  # an infinity or no number
-        return {"float": str(value)}
-    if value is None or isinstance(value, str | int | float):
-        return value
-    raise DiagramError(f"{value!r} cannot be written to JSON; a box with a function of Python's own cannot")
-
-
-def _decode(value: Any) -> Any:
-    if isinstance(value, list):
-        return tuple(_decode(v) for v in value)
-    if not isinstance(value, dict):
-        return value
-    if "expression" in value:
-        found = expression(value["expression"])
-        return int(found) if isinstance(found, sympy.Integer) else found
-    if "float" in value:
-        return float(value["float"])
-    if "axes" in value:
-        return Array(tuple(Axis(name, _decode(size)) for name, size in value["axes"]), value["dtype"])
-    if "steps" in value:
-        builder = Builder([_decode(a) for a in value["inputs"]])
-        wires = list(builder.inputs)
-        for op, ins in value["steps"]:
-            wires += builder.add(_decode(op), [wires[i] for i in ins])
-        return builder.finish([wires[i] for i in value["outputs"]])
-    options = tuple((key, _decode(value["options"][key])) for key in value["order"])
-    body = None if value["body"] is None else _decode(value["body"])
-    return Op(value["kind"], _decode(value["dom"]), _decode(value["cod"]), tuple(value["over"]), options, body)

@@ -15,11 +15,10 @@ import functools
 import operator
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
 
 import sympy
 
-from neuropil.interpret.diagrams.axes import Array, DiagramError, Size
+from neuropil.interpret.diagrams.axes import Array, DiagramError, Size, plain
 from neuropil.interpret.diagrams.core import Diagram, Op
 from neuropil.interpret.diagrams.reverse import saved
 from neuropil.interpret.diagrams.run import weights_of
@@ -74,11 +73,7 @@ def _training(flat: Diagram) -> Size | None:
 
 def _sum(values: Iterable[Size]) -> Size:
     total = functools.reduce(operator.add, values, 0)
-    return total if isinstance(total, int) else _plain(sympy.expand(total))
-
-
-def _plain(value: Any) -> Size:
-    return int(value) if isinstance(value, sympy.Integer) else value
+    return total if isinstance(total, int) else plain(sympy.expand(total))
 
 
 def _product(values: Iterable[Size]) -> Size:

@@ -128,7 +128,7 @@ TIKZ_RECT = {
     "fence": "draw=gray, dashed",
     "opaque": "draw, densely dotted",
 }
-TIKZ_PATH = {"wire": "", "unit": "dotted, gray", "separator": "dashed, gray", "thread": "thin"}
+TIKZ_PATH = {"wire": "", "unit": "dotted, gray", "separator": "dashed, gray"}
 ANCHOR = {"start": "west", "middle": "center", "end": "east"}
 
 

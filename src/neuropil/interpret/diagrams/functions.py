@@ -17,7 +17,6 @@ class Function:
     code: str
     slopes: tuple[str, ...]
     symbol: str = ""
-    commutes: bool = False
 
 
 FUNCTIONS = {
@@ -35,9 +34,9 @@ FUNCTIONS = {
     "square": Function("{0} * {0}", ("2 * {g} * {0}",), "x²"),
     "scale": Function("{n} * {0}", ("{n} * {g}",), "×"),
     "shift": Function("{0} + {n}", ("{g}",), "+"),
-    "add": Function("{0} + {1}", ("{g}", "{g}"), "+", True),
+    "add": Function("{0} + {1}", ("{g}", "{g}"), "+"),
     "sub": Function("{0} - {1}", ("{g}", "-{g}"), "−"),
-    "mul": Function("{0} * {1}", ("{g} * {1}", "{g} * {0}"), "×", True),
+    "mul": Function("{0} * {1}", ("{g} * {1}", "{g} * {0}"), "×"),
     "div": Function("{0} / {1}", ("{g} / {1}", "-{g} * {y} / {1}"), "÷"),
 }
 

@@ -15,7 +15,7 @@ import sympy
 from neuropil.interpret.diagrams.axes import Array
 from neuropil.interpret.diagrams.core import Diagram, Op
 from neuropil.interpret.diagrams.functions import FUNCTIONS
-from neuropil.interpret.diagrams.shapes import Dot, Group, Label, Path, Rect, Shape, width
+from neuropil.interpret.diagrams.shapes import Dot, Group, Label, Path, Rect, Shape, moved, width
 
 PITCH, GAP, MARGIN = 18.0, 20.0, 8.0  # between wires, between arrays, beside a title
 OVERHANG = 4.0  # by which a box may reach towards the wires that run past it
@@ -169,8 +169,8 @@ def _box(op: Op, weights: Sequence[Op], dom: Sequence[Array], module: str) -> It
     wide = max(width(title, "title"), width(small, "small"), 14.0) + 2 * MARGIN + (26.0 if repeat else 0.0)
     top = PITCH * above + (OVERHANG if style == "pill" or not any(core_in) else 0.0)
     total = top + inside + PITCH * below
-    ins = _ports(dom, core_in, above, below, top, inside)
-    outs = _ports(cod, core_out, above, below, top, inside)
+    ins = _ports(core_in, above, below, top, inside)
+    outs = _ports(core_out, above, below, top, inside)
     shapes: list[Shape] = []
     shapes += [wire([(0.0, ins[0][n]), (wide, outs[0][n])], dom[0], n) for n in range(above)]
     ends = range(-1, -below - 1, -1)
@@ -214,7 +214,7 @@ def _stack(counts: Sequence[int]) -> float:
     return PITCH * sum(counts) + GAP * max(0, len(counts) - 1)
 
 
-def _ports(group: Sequence[Array], core: Sequence[int], above: int, below: int, top: float, inside: float) -> Ports:
+def _ports(core: Sequence[int], above: int, below: int, top: float, inside: float) -> Ports:
     y = top + (inside - _stack(core)) / 2
     out: Ports = []
     for number, count in enumerate(core):
@@ -233,8 +233,8 @@ def _einsum(op: Op, dom: Sequence[Array], module: str) -> Item:
     wide = 46.0
     heights = [_stack([lines(a) for a in group]) for group in (dom, op.cod)]
     total = max(*heights, PITCH)
-    ins = _ports(dom, [lines(a) for a in dom], 0, 0, 0.0, total) if dom else []
-    outs = _ports(op.cod, [lines(op.cod[0])], 0, 0, 0.0, total)
+    ins = _ports([lines(a) for a in dom], 0, 0, 0.0, total) if dom else []
+    outs = _ports([lines(op.cod[0])], 0, 0, 0.0, total)
     shapes: list[Shape] = []
     for name in dict.fromkeys(n for a in dom for n in a.names):
         starts = [ins[i][a.place(name)] for i, a in enumerate(dom) if name in a.names]
@@ -287,7 +287,5 @@ def fence(op: Op, inside: Item, module: str) -> Item:
         shapes += [wire([(0.0, y), (shift, y)], a, i) for i, y in enumerate(group)]
     for a, group in zip(op.cod, down[1], strict=True):
         shapes += [wire([(shift + inside.width, y), (wide, y)], a, i) for i, y in enumerate(group)]
-    from neuropil.interpret.diagrams.shapes import moved
-
     shapes += [moved(shape, shift, head) for shape in inside.shapes]
     return Item(wide, total, down[0], down[1], [Group(tuple(shapes), module, _tooltip(op, title, module))])

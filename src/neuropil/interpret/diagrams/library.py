@@ -21,11 +21,13 @@ from neuropil.interpret.diagrams.axes import (
     DiagramError,
     array,
     expression,
+    plain,
     same_size,
     signature,
     symbol,
 )
-from neuropil.interpret.diagrams.core import Builder, Diagram, Op, Polymorphic, build, of
+from neuropil.interpret.diagrams.construct import Polymorphic, of
+from neuropil.interpret.diagrams.core import Diagram, Op, Options
 from neuropil.interpret.diagrams.functions import FUNCTIONS, arguments
 
 # --------------------------------------------------------------------------------------- linear maps of indices
@@ -37,11 +39,9 @@ def einsum(text: str) -> Diagram:
     Inner and outer products, transposes, diagonals, sums and traces are all of this form.
     """
     dom, cod = signature(text)
-    return einsum_of(dom, cod[0]) if len(cod) == 1 else _refuse(text)
-
-
-def _refuse(text: str) -> Diagram:
-    raise DiagramError(f"an einsum {text!r}; expected one array after the arrow")
+    if len(cod) != 1:
+        raise DiagramError(f"an einsum {text!r}; expected one array after the arrow")
+    return einsum_of(dom, cod[0])
 
 
 def einsum_of(dom: Sequence[Array], cod: Array) -> Diagram:
@@ -61,7 +61,7 @@ def outer(left: str, right: str) -> Diagram:
 def total(axes: str) -> Polymorphic:
     """The sum over these axes."""
     names = tuple(axes.split())
-    return Polymorphic(lambda a: einsum_of((a,), _has(a, names, "the sum").without(names)), f"sum over {axes}")
+    return Polymorphic(lambda a: einsum_of((a,), having(a, names, "the sum").without(names)), f"sum over {axes}")
 
 
 def mean(axes: str) -> Polymorphic:
@@ -69,7 +69,7 @@ def mean(axes: str) -> Polymorphic:
     names = tuple(axes.split())
 
     def make(a: Array) -> Diagram:
-        count = Array(tuple(_has(a, names, "the mean")[n] for n in names)).numel
+        count = Array(tuple(having(a, names, "the mean")[n] for n in names)).numel
         return total(axes).on(a) >> scale(sympy.Integer(1) / count)
 
     return Polymorphic(make, f"mean over {axes}")
@@ -94,21 +94,18 @@ def elementwise(name: str, number: Any = None) -> Polymorphic:
     """A function of single numbers, run over all axes; a smaller argument has some axes of the largest."""
     if name not in FUNCTIONS:
         raise DiagramError(f"no function {name!r}; there are {', '.join(FUNCTIONS)}")
-    if isinstance(number, str):
-        number = expression(number)
-    if isinstance(number, sympy.Integer):
-        number = int(number)
+    number = plain(expression(number) if isinstance(number, str) else number)
     options = (("name", name),) if number is None else (("name", name), ("number", number))
 
     def make(*given: Array) -> Diagram:
         if len(given) != arguments(name):
             raise DiagramError(f"{name} takes {arguments(name)} arrays; given {len(given)}")
-        return of(elementwise_op(name, given, options))
+        return of(_elementwise(name, given, options))
 
     return Polymorphic(make, name)
 
 
-def elementwise_op(name: str, given: Sequence[Array], options: Any = None) -> Op:
+def _elementwise(name: str, given: Sequence[Array], options: Options) -> Op:
     whole = max(given, key=lambda a: len(a.axes))
     for a in given:
         for one in a.axes:
@@ -122,9 +119,7 @@ def elementwise_op(name: str, given: Sequence[Array], options: Any = None) -> Op
                     f"{name}: axis {one.name!r} has size {one.size} in one argument "
                     f"and {whole[one.name].size} in another"
                 )
-    return Op(
-        "elementwise", tuple(given), (Array(whole.axes),), tuple(sorted(whole.names)), options or (("name", name),)
-    )
+    return Op("elementwise", tuple(given), (Array(whole.axes),), tuple(sorted(whole.names)), options)
 
 
 relu, gelu, silu = elementwise("relu"), elementwise("gelu"), elementwise("silu")
@@ -145,26 +140,22 @@ def shift(number: Any) -> Polymorphic:
 
 def softmax(over: str) -> Polymorphic:
     """Numbers that are positive and sum to one along an axis."""
-    return Polymorphic(lambda a: of(_along("softmax", a, over)), f"softmax over {over}")
+    return Polymorphic(lambda a: _along("softmax", a, over, a), f"softmax over {over}")
 
 
 def maximum(over: str) -> Polymorphic:
     """The largest along an axis, which it ends."""
-
-    def make(a: Array) -> Diagram:
-        op = _along("max", a, over)
-        return of(Op("max", op.dom, (a.without([over]),), op.over, op.options))
-
-    return Polymorphic(make, f"maximum over {over}")
+    return Polymorphic(lambda a: _along("max", a, over, a.without([over])), f"maximum over {over}")
 
 
-def _along(kind: str, a: Array, over: str) -> Op:
-    _has(a, (over,), kind)
+def _along(kind: str, a: Array, over: str, to: Array) -> Diagram:
+    having(a, (over,), kind)
     others = tuple(sorted(name for name in a.names if name != over))
-    return Op(kind, (a,), (a,), others, (("axis", over),))
+    return of(Op(kind, (a,), (to,), others, (("axis", over),)))
 
 
-def _has(a: Array, names: Sequence[str], who: str) -> Array:
+def having(a: Array, names: Sequence[str], who: str) -> Array:
+    """The array; DiagramError if it lacks one of these axes."""
     missing = [name for name in names if name not in a.names]
     if missing:
         raise DiagramError(f"{who} needs axis {missing[0]!r}; the array has {str(a)!r}")
@@ -212,7 +203,7 @@ def rename(**names: str) -> Polymorphic:
     """The same numbers under other names of axes: `rename(x="y")`."""
 
     def make(a: Array) -> Diagram:
-        _has(a, tuple(names), "rename")
+        having(a, tuple(names), "rename")
         fresh = {old: _named(new, a[old].size) for old, new in names.items()}
         to = Array(tuple(fresh.get(one.name, one) for one in a.axes), a.dtype)
         return reindex(a, to, {old: (0, {new.name: 1}) for old, new in fresh.items()}, name="rename")
@@ -232,13 +223,10 @@ def split(text: str) -> Polymorphic:
     (old,), new = dom[0].axes, cod[0].axes
 
     def make(a: Array) -> Diagram:
-        have = _has(a, (old.name,), "split")[old.name]
-        places, factor = {}, 1
-        for one in reversed(new):
-            places[one.name], factor = factor, factor * one.size
-        to = _in_place(a, (old.name,), new)
-        made = reindex(a, to, {old.name: (0, dict(reversed(places.items())))}, name="split")
-        return made._bound(_equal(have, Axis(old.name, factor), "split"))
+        have = having(a, (old.name,), "split")[old.name]
+        places, size = _places(new)
+        made = reindex(a, in_place(a, (old.name,), new), {old.name: (0, places)}, name="split")
+        return made._bound(_equal(have, Axis(old.name, size), "split"))
 
     return Polymorphic(make, f"split {text}")
 
@@ -249,16 +237,18 @@ def merge(text: str) -> Polymorphic:
     old, (new,) = dom[0].axes, cod[0].axes
 
     def make(a: Array) -> Diagram:
-        here = [_has(a, (one.name,), "merge")[one.name] for one in old]
-        places, factor = {}, 1
-        for one in reversed(here):
-            places[one.name], factor = factor, factor * one.size
-        size = factor if new.free else new.size
-        to = _in_place(a, [one.name for one in old], [Axis(new.name, size)])
-        made = scatter(a, to, {new.name: (0, dict(reversed(places.items())))}, name="merge")
-        return made._bound(_equal(Axis(new.name, size), Axis(new.name, factor), "merge"))
+        here = [having(a, (one.name,), "merge")[one.name] for one in old]
+        places, size = _places(here)
+        whole = Axis(new.name, size if new.free else new.size)
+        made = scatter(a, in_place(a, [one.name for one in old], [whole]), {new.name: (0, places)}, name="merge")
+        return made._bound(_equal(whole, Axis(new.name, size), "merge"))
 
     return Polymorphic(make, f"merge {text}")
+
+
+def _places(parts: Sequence[Axis]) -> tuple[dict[str, Any], Any]:
+    """The place of each part's index in that of the whole, the last running fastest; and the size of the whole."""
+    return {one.name: Array(tuple(parts[n + 1 :])).numel for n, one in enumerate(parts)}, Array(tuple(parts)).numel
 
 
 def _equal(whole: Axis, parts: Axis, who: str) -> dict[Any, Any]:
@@ -271,11 +261,11 @@ def _equal(whole: Axis, parts: Axis, who: str) -> dict[Any, Any]:
         (unknown,) = parts.size.free_symbols
         one = sympy.sympify(whole.size) / parts.size.coeff(unknown)
         if one.is_Integer or not isinstance(whole.size, int):
-            return {unknown: int(one) if one.is_Integer else one}
+            return {unknown: plain(one)}
     raise DiagramError(f"{who}: axis {whole.name!r} of size {whole.size} for parts of size {parts.size} in all")
 
 
-def _in_place(a: Array, old: Sequence[str], new: Sequence[Axis]) -> Array:
+def in_place(a: Array, old: Sequence[str], new: Sequence[Axis]) -> Array:
     """The new axes where the first of the old ones stood."""
     first = min(a.place(name) for name in old)
     axes: list[Axis] = []
@@ -291,7 +281,7 @@ def pick(axis: str, index: int) -> Polymorphic:
     """One element of an axis, which it ends."""
 
     def make(a: Array) -> Diagram:
-        size = _has(a, (axis,), "pick")[axis].size
+        size = having(a, (axis,), "pick")[axis].size
         if isinstance(size, int) and not -size <= index < size:
             raise DiagramError(f"index {index} of axis {axis!r}, which has {size} elements")
         place = index if index >= 0 else size + index
@@ -330,95 +320,3 @@ def constant(name: str, text: str, number: float = 0.0) -> Diagram:
     if name not in ("eye", "causal", "full"):
         raise DiagramError(f"no constant {name!r}; there are eye, causal, full")
     return of(Op("constant", (), (array(text),), (), (("name", name), ("number", number))))
-
-
-def weight(name: str, text: str | Array, init: str = "fan", trainable: bool = True) -> Diagram:
-    """A learned array. `init`: "fan" (uniform, by the last axes' size), "zeros" or "ones"."""
-    return of(Op("weight", (), (array(text),), (), (("name", name), ("init", init), ("trainable", trainable))))
-
-
-# --------------------------------------------------------------------------------------------------------- learned
-
-
-def linear(text: str, name: str, bias: bool = True) -> Polymorphic:
-    """A learned linear map from some axes to others, over all that remain: "m -> h k".
-
-    Its weight `NAME.weight` has the output's axes, then the input's, as `torch.nn.Linear` has.
-    """
-    dom, cod = signature(text)
-    old, new = dom[0], cod[0]
-    if set(new.names) & set(old.names):
-        raise DiagramError(f"linear {name}: {text!r} has an axis on both sides; give the output's another name")
-
-    def make(a: Array) -> Diagram:
-        _has(a, old.names, f"linear {name}")
-        to = _in_place(a, old.names, new.axes)
-        here = Array(tuple(a[n] for n in old.names))
-        w = Array((*new.axes, *here.axes))
-
-        def apply(x: Any) -> Any:
-            builder: Builder = x.builder
-            kernel = builder.put(weight(f"{name}.weight", w), [])[0]
-            y = einsum_of((a, w), to)(x, kernel)
-            return add(y, builder.put(weight(f"{name}.bias", new), [])[0]) if bias else y
-
-        return build((a,), apply)
-
-    return Polymorphic(make, f"linear {name}")
-
-
-def learned_scale(axes: str, name: str, init: str = "ones", trainable: bool = True) -> Polymorphic:
-    """Times a learned array with these axes."""
-    return _with_weight(mul, axes, name, init, trainable)
-
-
-def learned_shift(axes: str, name: str, init: str = "zeros", trainable: bool = True) -> Polymorphic:
-    """Plus a learned array with these axes."""
-    return _with_weight(add, axes, name, init, trainable)
-
-
-def _with_weight(function: Polymorphic, axes: str, name: str, init: str, trainable: bool) -> Polymorphic:
-    def make(a: Array) -> Diagram:
-        w = Array(tuple(_has(a, axes.split(), name)[n] for n in axes.split()))
-        return build((a,), lambda x: function(x, x.builder.put(weight(name, w, init, trainable), [])[0]))
-
-    return Polymorphic(make, name)
-
-
-def embedding(text: str, name: str) -> Polymorphic:
-    """Rows of a learned table: "v -> m" adds the axis m to an array of indices below v."""
-    dom, cod = signature(text)
-
-    def make(a: Array) -> Diagram:
-        table = Array((*dom[0].axes, *cod[0].axes))
-        op = Op("lookup", (a, table), (Array((*a.axes, *cod[0].axes)),), tuple(sorted(a.names)))
-        return build((a,), lambda x: of(op)(x, x.builder.put(weight(f"{name}.weight", table, "ones"), [])[0]))
-
-    return Polymorphic(make, f"embedding {name}")
-
-
-def layer_norm(axes: str, name: str = "norm", eps: float = 1e-5) -> Polymorphic:
-    """Mean 0 and variance 1 along some axes, then a learned gain and bias."""
-    from neuropil.interpret.diagrams.core import block
-
-    def inside(x: Any) -> Any:
-        centred = sub(x, mean(axes)(x))
-        spread = rsqrt(shift(eps)(mean(axes)(square(centred))))
-        return learned_shift(axes, "bias")(learned_scale(axes, "weight")(mul(centred, spread)))
-
-    return Polymorphic(lambda a: block(name, build((a,), inside), role="LayerNorm"), name)
-
-
-def batch_norm(axis: str, name: str = "norm", eps: float = 1e-5) -> Polymorphic:
-    """Batch normalisation as it answers after training: an affine map of each channel."""
-    from neuropil.interpret.diagrams.core import block
-
-    def inside(x: Any) -> Any:
-        size = x.array[axis]
-        put = x.builder.put
-        average = put(weight("running_mean", Array((size,)), "zeros", False), [])[0]
-        variance = put(weight("running_var", Array((size,)), "ones", False), [])[0]
-        spread = rsqrt(shift(eps)(variance))
-        return learned_shift(axis, "bias")(learned_scale(axis, "weight")(mul(sub(x, average), spread)))
-
-    return Polymorphic(lambda a: block(name, build((a,), inside), role="BatchNorm"), name)

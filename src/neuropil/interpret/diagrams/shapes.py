@@ -13,7 +13,7 @@ class Path:
     """A line through points, straight, or curved between each two as a wire that leaves and arrives flat."""
 
     points: tuple[tuple[float, float], ...]
-    style: str  # "wire", "unit" (a number without axes), "separator", "thread"
+    style: str  # "wire", "unit" (a number without axes), "separator"
     axis: str = ""
     curved: bool = False
     swap: bool = False  # part of a place where wires may cross

@@ -13,8 +13,10 @@ from typing import Any, NamedTuple
 import sympy
 
 from neuropil.interpret.diagrams.axes import Array, Axis, DiagramError, as_size, same_size, signature
-from neuropil.interpret.diagrams.core import Diagram, Polymorphic, build, identity
-from neuropil.interpret.diagrams.library import _has, _in_place, add, einsum_of, maximum, mean, reindex, scatter, weight
+from neuropil.interpret.diagrams.construct import Polymorphic, build, identity
+from neuropil.interpret.diagrams.core import Diagram, Wire
+from neuropil.interpret.diagrams.learned import weight
+from neuropil.interpret.diagrams.library import add, einsum_of, having, in_place, maximum, mean, reindex, scatter
 
 
 class Window(NamedTuple):
@@ -62,7 +64,7 @@ def unfold(windows: Windows, fill: float = 0.0) -> Polymorphic:
     """Every window of an array, its places on new axes: axis x becomes x' and k3x'."""
 
     def make(a: Array) -> Diagram:
-        _has(a, tuple(windows), "a window")
+        having(a, tuple(windows), "a window")
         new = {n: _new(w, a[n], w.out(a[n].size)) for n, w in windows.items()}
         places = tuple(Axis(w.place(w.to), w.size) for w in windows.values())
         to = Array((*(new.get(one.name, one) for one in a.axes), *places))
@@ -76,18 +78,17 @@ def conv(channels: str, name: str, windows: Windows, bias: bool = True) -> Polym
     dom, cod = signature(channels)
 
     def make(a: Array) -> Diagram:
-        old = _has(a, dom[0].names, f"conv {name}")
+        old = having(a, dom[0].names, f"conv {name}")
         opened = unfold(windows).on(a) if windows else identity((a,))
         wide = opened.cod[0]
         places = tuple(wide[w.place(w.to)] for w in windows.values())
         kernel = Array((*cod[0].axes, *(old[n] for n in dom[0].names), *places))
-        to = _in_place(wide.without([p.name for p in places]), dom[0].names, cod[0].axes)
+        to = in_place(wide.without([p.name for p in places]), dom[0].names, cod[0].axes)
 
-        def apply(x: Any) -> Any:
-            put = x.builder.put
-            w = put(weight(f"{name}.weight", kernel), [])[0]
+        def apply(x: Wire) -> Any:
+            w = x.beside(weight(f"{name}.weight", kernel))
             y = einsum_of((wide, kernel), to)(opened(x), w)
-            return add(y, put(weight(f"{name}.bias", cod[0]), [])[0]) if bias else y
+            return add(y, x.beside(weight(f"{name}.bias", cod[0]))) if bias else y
 
         return build((a,), apply)
 
@@ -99,19 +100,18 @@ def conv_transpose(channels: str, name: str, windows: Windows, bias: bool = True
     dom, cod = signature(channels)
 
     def make(a: Array) -> Diagram:
-        old = _has(a, (*dom[0].names, *windows), f"conv_transpose {name}")
+        old = having(a, (*dom[0].names, *windows), f"conv_transpose {name}")
         places = tuple(Axis(w.place(n), w.size) for n, w in windows.items())
         kernel = Array((*(old[n] for n in dom[0].names), *cod[0].axes, *places))
-        flat = _in_place(a, dom[0].names, cod[0].axes)
+        flat = in_place(a, dom[0].names, cod[0].axes)
         wide = Array((*flat.axes, *places))
         new = {n: _new(w, a[n], w.back(a[n].size)) for n, w in windows.items()}
         to = Array(tuple(new.get(one.name, one) for one in flat.axes))
 
-        def apply(x: Any) -> Any:
-            put = x.builder.put
-            y = einsum_of((a, kernel), wide)(x, put(weight(f"{name}.weight", kernel), [])[0])
+        def apply(x: Wire) -> Any:
+            y = einsum_of((a, kernel), wide)(x, x.beside(weight(f"{name}.weight", kernel)))
             y = scatter(wide, to, {w.to: w.map(n) for n, w in windows.items()}, "window")(y)
-            return add(y, put(weight(f"{name}.bias", cod[0]), [])[0]) if bias else y
+            return add(y, x.beside(weight(f"{name}.bias", cod[0]))) if bias else y
 
         return build((a,), apply)
 

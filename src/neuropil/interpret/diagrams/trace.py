@@ -36,7 +36,7 @@ from neuropil.errors import ModelError
 from neuropil.interpret.diagrams._export import Exported, exported
 from neuropil.interpret.diagrams._graph import emit
 from neuropil.interpret.diagrams.axes import Array, DiagramError
-from neuropil.interpret.diagrams.core import Diagram
+from neuropil.interpret.diagrams.core import Diagram, join
 from neuropil.interpret.diagrams.cost import Cost
 from neuropil.interpret.diagrams.run import Compiled
 
@@ -216,8 +216,6 @@ def _watched(module: nn.Module, seen: dict[str, list[tuple[int, ...]]]) -> Any:
 
 def named_blocks(diagram: Diagram) -> list[tuple[str, Any]]:
     """Every block with its dotted name."""
-    from neuropil.interpret.diagrams.core import join
-
     return [(join(path, op.name), op) for path, op in diagram.walk() if op.kind == "block" and not op.option("group")]
 
 
