@@ -88,13 +88,14 @@ def figure(found: Sequence[Line]) -> Any:
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
     from matplotlib.lines import Line2D
+    from matplotlib.ticker import LogLocator
 
     names = [name for name in TITLES if any(line.subject == name for line in found)]
     drawn, axes = plt.subplots(len(names), 2, figsize=(13, 4.6 * len(names)), squeeze=False, layout="constrained")
     for row, name in zip(axes, names, strict=True):
         mine = [line for line in found if line.subject == name and math.isfinite(line.quality)]
         language = name == "smollm2"
-        worst = 4 * mine[0].quality if language else mine[0].quality - 12
+        worst = 4 * mine[0].quality if language else mine[0].quality - 6
         shown = [line for line in mine if (line.quality < worst if language else line.quality > worst)]
         for ax, along in zip(row, ("bytes", "speed"), strict=True):
             for line in shown:
@@ -111,13 +112,19 @@ def figure(found: Sequence[Line]) -> Any:
                     ms=6,
                     capsize=2,
                 )
-            _annotate(ax, shown, along)
+            _annotate(ax, [line for line in shown if _named(line, along, language)], along)
             ax.set_xlabel("megabytes" if along == "bytes" else "speed (float32 = 1)")
             ax.set_ylabel("perplexity" if language else "accuracy (%)")
             ax.set_xscale("log")
             ax.grid(alpha=0.2)
             if language:
                 ax.set_yscale("log")
+            for axis in (ax.xaxis, ax.yaxis) if language else (ax.xaxis,):
+                axis.set_major_formatter("{x:g}")
+                axis.set_minor_locator(LogLocator(subs=(2, 3, 5, 7)))
+                axis.set_minor_formatter("{x:g}")
+            ax.tick_params(which="both", labelsize=7)
+            ax.margins(x=0.18, y=0.14)
         front = sorted((line for line in shown if line.pareto), key=lambda line: line.bytes)
         row[0].plot([line.bytes / 1e6 for line in front], [line.quality for line in front], color="#bbb", zorder=0)
         row[0].set_title(f"{TITLES[name]}  ({len(mine) - len(shown)} worse ones not shown)", loc="left")
@@ -132,14 +139,28 @@ def _place(line: Line, along: str) -> float:
     return line.bytes / 1e6 if along == "bytes" else line.speed
 
 
+def _named(line: Line, along: str, language: bool) -> bool:
+    """Only what stands out has its name in the figure: all of them would cover one another."""
+    if language:
+        return True
+    return line.pareto or line.arm == "float32" if along == "bytes" else not 0.85 < line.speed < 1.15
+
+
 def _annotate(ax: Any, shown: Sequence[Line], along: str) -> None:
-    """Names beside the points, pushed apart where they would overlap."""
-    ordered = sorted(shown, key=lambda line: line.quality)
-    for number, line in enumerate(ordered):
-        right = number % 2 == 0
+    """Names beside the points, on levels apart from one another, each joined to its point by a thin line."""
+    ax.figure.canvas.draw()
+    room = 11 * ax.figure.dpi / 72  # pixels
+    free: list[tuple[float, float]] = []
+    for line in sorted(shown, key=lambda line: -line.quality):
+        x, y = ax.transData.transform((_place(line, along), line.quality))
+        level = y + 4
+        while any(abs(level - other) < room and abs(x - at) < 14 * room for at, other in free):
+            level -= room / 3
+        free.append((x, level))
         ax.annotate(
-            line.arm, (_place(line, along), line.quality), xytext=(7 if right else -7, 3), textcoords="offset points",
-            fontsize=7, ha="left" if right else "right", color=KINDS[line.kind],
+            line.arm, (_place(line, along), line.quality), xytext=(7, (level - y) * 72 / ax.figure.dpi),
+            textcoords="offset points", fontsize=7, va="center", color=KINDS[line.kind],
+            arrowprops={"arrowstyle": "-", "lw": 0.4, "color": KINDS[line.kind], "shrinkB": 3},
         )  # fmt: skip
 
 
