@@ -225,7 +225,7 @@ def test_half_an_atlas_and_an_atlas_without_vocabulary(tmp_path: Path) -> None:
 def test_nothing_to_search_is_said(tmp_path: Path, folder: Path) -> None:
     with Atlas.create(tmp_path / "a", tiny_model()) as atlas:
         atlas.add("mine", lambda s: {"x": torch.zeros(s.width)}, progress=False)
-        with pytest.raises(AtlasError, match="no labels or tokens"):
+        with pytest.raises(AtlasError, match="no labels, tokens or descriptions"):
             atlas.find("dog")
     with Atlas.open(folder) as atlas:
         for words, limit, by in (("", 5, "both"), ("  ", 5, "both"), ("dog", 0, "both"), ("dog", 5, "smell")):

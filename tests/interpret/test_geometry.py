@@ -17,17 +17,12 @@ from torch import nn
 
 from neuropil.atlas import Atlas
 from neuropil.errors import UnknownNeuron
-from neuropil.interpret import (
-    GeometryStudy,
-    geometry_columns,
-    geometry_report,
-    representation,
-    representational_geometry,
-)
+from neuropil.interpret import GeometryStudy, representation, representational_geometry
 from neuropil.interpret import geometry_metrics as metrics
 from neuropil.interpret import geometry_networks as networks
 from neuropil.interpret import geometry_tasks as tasks
 from neuropil.interpret.geometry import layer_geometry
+from neuropil.interpret.geometry_columns import geometry_columns
 from neuropil.interpret.geometry_dynamics import (
     derivative_kernel,
     gradient_field,
@@ -54,7 +49,7 @@ from neuropil.interpret.geometry_metrics import (
     shattering_dimensionality,
 )
 from neuropil.interpret.geometry_networks import IDENTITY, RELU, TANH, Networks, train, with_gradient
-from neuropil.interpret.geometry_report import MissingConditions
+from neuropil.interpret.geometry_report import MissingConditions, geometry_report
 from neuropil.interpret.geometry_tasks import aligned, epsilon_xor, unstructured, walsh
 from neuropil.neurons import find_sites
 

