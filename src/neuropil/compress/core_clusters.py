@@ -22,10 +22,11 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from neuropil.compress._coreinfer_slots import Layers, Slot, find_slots
+from neuropil.compress._coreinfer_slots import Layers, find_slots
 from neuropil.compress._coreinfer_usage import SCORES, Usage, share_of
 from neuropil.evaluate import evaluating
 from neuropil.neurons import find_sites
+from neuropil.slots import Slot
 
 Inputs = str | Tensor | Mapping[str, Any]
 DEPTH, SHARE = 25 / 32, 0.2

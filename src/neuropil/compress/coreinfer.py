@@ -62,11 +62,12 @@ from jaxtyping import Bool, Int
 from torch import Tensor, nn
 
 from neuropil.changes import Changes
-from neuropil.compress._coreinfer_slots import Cores, Layers, Narrowing, Slot, exclusive, find_slots, named_tensor
+from neuropil.compress._coreinfer_slots import Cores, Layers, Narrowing, exclusive, find_slots
 from neuropil.compress._coreinfer_usage import SCORES, Usage, share_of
 from neuropil.compress.core_clusters import CoreClusters, Inputs, observe, row_mask
 from neuropil.errors import ModelError
 from neuropil.neurons import activation, find_sites
+from neuropil.slots import Slot, named_tensor
 
 MODES, BATCHES = ("stability", "similarity"), ("frequency", "union")
 

@@ -27,9 +27,10 @@ from torch import Tensor, nn
 from neuropil.evaluate import evaluating
 from neuropil.interpret.bricks.activity import Example, call, strength, tensors
 from neuropil.interpret.bricks.partition import Partition
-from neuropil.interpret.bricks.slots import Slot, find_slots, places, tensor_of
+from neuropil.interpret.bricks.slots import wanted_slots
 from neuropil.models import load
 from neuropil.neurons import Site, activation, capture_inputs
+from neuropil.slots import Slot, named_tensor, places
 
 LEVELS = ("token", "sequence", "instruction")
 
@@ -49,7 +50,7 @@ class Oracle:
 
     @torch.no_grad()
     def __call__(self, site: Site, x: Float[Tensor, "tokens d"]) -> Float[Tensor, "tokens bricks"]:
-        h = activation(site, dict.fromkeys(site.reads, x), partial(tensor_of, self.model))
+        h = activation(site, dict.fromkeys(site.reads, x), partial(named_tensor, self.model))
         return strength(site, h) @ self.parts.members(site.name).T.to(h)
 
 
@@ -179,7 +180,7 @@ def collect(
     model: nn.Module, parts: Partition, data: Iterable[Example], tokens: int = 8192
 ) -> tuple[dict[str, Float[Tensor, "tokens d"]], dict[str, Float[Tensor, "tokens bricks"]]]:
     """What each site reads at the first `tokens` places of the data, and the true scores of its bricks there."""
-    slots, _ = find_slots(model, list(parts.labels))
+    slots, _ = wanted_slots(model, parts.labels)
     oracle = Oracle(model, parts)
     inputs: dict[str, list[Tensor]] = {slot.site.name: [] for slot in slots}
     counted = 0
@@ -205,7 +206,7 @@ def choose(
     By what they really do (`Oracle`) unless a selector is given.
     """
     selector = selector or Oracle(model, parts)
-    slots, _ = find_slots(model, list(parts.labels))
+    slots, _ = wanted_slots(model, parts.labels)
     inputs, scores = collect(model, parts, [prompt], tokens=10**9)
     found = {}
     for slot in slots:
@@ -265,7 +266,7 @@ def route(
             raise ValueError("level='instruction' takes its set from prompt=..., or as bricks=...")
         bricks = choose(model, parts, prompt, keep, selector)
     selector = selector or Oracle(model, parts)
-    slots, left = find_slots(model, list(parts.labels))
+    slots, left = wanted_slots(model, parts.labels)
     routing, rows = Routing(left=left), [1]
     writers: dict[int, _Slot] = {}
 

@@ -31,7 +31,8 @@ from torch.nn.utils import parametrize
 from neuropil.changes import Changes
 from neuropil.interpret.bricks.custom import LoraBrick, fingerprint
 from neuropil.interpret.bricks.partition import Partition
-from neuropil.interpret.bricks.slots import _SIZES, _owners, find_slots, keep_neurons, places, slot_of
+from neuropil.interpret.bricks.slots import keep_neurons, slot_of, wanted_slots
+from neuropil.slots import SIZES, owners, places
 
 
 class Rows(nn.Module):
@@ -161,7 +162,7 @@ def grow(model: nn.Module, neurons: Mapping[str, int], *, seed: int = 0) -> Chan
     made = copy.deepcopy(model)
     generator = torch.Generator().manual_seed(seed)
     slots = [slot_of(made, name) for name in neurons]
-    _, left = find_slots(made, list(neurons))
+    _, left = wanted_slots(made, neurons)
     for slot in slots:
         if any(len(weights) > 1 for _, weights in slot.readers):
             raise ValueError(f"site {slot.site.name!r}: its reading weights share one parameter, which cannot be grown")
@@ -169,7 +170,7 @@ def grow(model: nn.Module, neurons: Mapping[str, int], *, seed: int = 0) -> Chan
         for module, weights in slot.readers:
             _append(module, weights[0].axis, count, generator, reads=True)
         _append(slot.write, slot.write_weight.axis, count, None, reads=False)
-    return Changes(made, tuple(dict.fromkeys(n for slot in slots for n in _owners(slot.site))), left)
+    return Changes(made, tuple(dict.fromkeys(n for slot in slots for n in owners(slot.site))), left)
 
 
 @torch.no_grad()
@@ -184,7 +185,7 @@ def _append(module: Any, axis: int, count: int, generator: torch.Generator | Non
     module.weight = nn.Parameter(torch.cat([old, new.to(old)], axis), old.requires_grad)
     if reads and getattr(module, "bias", None) is not None:
         module.bias = nn.Parameter(torch.cat([module.bias, module.bias.new_zeros(count)]), module.bias.requires_grad)
-    attribute = _SIZES[type(module).__name__][0 if reads else 1]
+    attribute = SIZES[type(module).__name__][0 if reads else 1]
     setattr(module, attribute, getattr(module, attribute) + count)
 
 
