@@ -279,7 +279,10 @@ def tie(shared: Organisation, n: int) -> Organisation:
 
 
 class Replicated(Computed):
-    """`n` organisations alike, each with its own state, computed all at once."""
+    """`n` organisations alike, each with its own state, computed all at once.
+
+    A function returned by each cannot leave `vmap`, so learning computes the values of the way forward a second time.
+    """
 
     def __init__(self, one: Organisation, n: int, state: Any = None) -> None:
         self.one, self.n = one, n
