@@ -111,6 +111,24 @@ def test_exemplars_of_a_neuron_that_copies_the_picture_are_its_brightest_images(
     assert (lit - torch.tensor([3.5, 2.5]) * 14 / 8).abs().max() < 1  # the dot at row 3, column 2
 
 
+@pytest.mark.parametrize("kind", [Activity, Exemplars])
+def test_how_many_sites_a_pass_serves_changes_nothing(kind: type, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = load(small())
+    passes: list[int] = []
+    model.module().register_forward_pre_hook(lambda *_: passes.append(1))
+    found, counts = [], []
+    for room in (1 << 26, 1):
+        monkeypatch.setattr("neuropil.vision.STATE", room)
+        passes.clear()
+        maker = kind(model, noise(), batch_size=48)
+        found.append([maker.columns(site) for site in model.sites])
+        counts.append(len(passes))
+    assert counts[1] - counts[0] == len(model.sites) - 1 > 0
+    for together, alone in zip(*found, strict=True):
+        for name, values in together.items():
+            assert list(values) == list(alone[name]), name
+
+
 def test_masks_are_written_as_digits() -> None:
     masks = torch.tensor([0, 15, 16, 127, 255, 254], dtype=torch.uint8).view(1, 1, 2, 3)
     assert digits(masks) == [["0017ff"]]

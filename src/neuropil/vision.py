@@ -33,6 +33,7 @@ from neuropil.neurons import Site
 
 if TYPE_CHECKING:
     from neuropil.data import Probe
+    from neuropil.interpret.milan import ExemplarSet
     from neuropil.models import ImageInput, Model
 
 SIDE = 14  # cells a side of the kept regions
@@ -124,7 +125,9 @@ class Activity:
     def columns(self, site: Site) -> dict[str, Any]:
         """The columns of one site; the following ones are looked at in the same pass."""
         if site.name not in self._kept:
-            self._kept = self._pass(self._group(site))
+            each = 5 * len(self._run.images)
+            sites = self._run.model.sites[site.number :]
+            self._kept = self._pass(_group(sites, lambda s: s.width * each))
         tally, model = self._kept.pop(site.name), self._run.model
         made: dict[str, Any] = {
             "activation_mean": tally.mean.mean(0),
@@ -143,18 +146,6 @@ class Activity:
             ]
             made["selectivity"] = index
         return made
-
-    def _group(self, site: Site) -> list[Site]:
-        """This site and those after it, as many as one pass may serve."""
-        sites = self._run.model.sites
-        chosen: list[Site] = []
-        room = STATE // (5 * len(self._run.images))
-        for each in sites[site.number :]:
-            if chosen and each.width > room:
-                break
-            chosen.append(each)
-            room -= each.width
-        return chosen
 
     def _pass(self, sites: list[Site]) -> dict[str, _Tally]:
         run, count = self._run, len(self._run.images)
@@ -223,19 +214,21 @@ class Exemplars:
     `exemplar_masks` (for each a text of 14 x 14 hexadecimal digits, row by row: how much of that cell of the image
     lies in the region, 0 none and f all of it), `threshold` (the 0.99 quantile of the neuron's activation over all
     places of all images, above which a place lies in the region).
+
+    One pass over the images serves as many sites as keep 2^26 numbers.
     """
 
     def __init__(self, model: Model, images: Probe, k: int = 15, batch_size: int = 16) -> None:
         self._run, self.k = _Prepared(model, images, batch_size), min(k, len(images))
         self.settings = {**images.settings, "k": self.k, "quantile": 0.99, "side": SIDE}
+        self._places: dict[str, int] = {}
+        self._kept: dict[str, ExemplarSet] = {}
 
     def columns(self, site: Site, dead: Sequence[bool] | None = None) -> dict[str, Any]:
         """The columns of one site; of its dead neurons no image tells more than another, and their lists are empty."""
-        from neuropil.interpret.milan import exemplars
-
-        shown = (x for _, x in self._run.batches())
-        found = exemplars(self._run.module, shown, site, k=self.k, quantile=0.99, keep=False)
-        held = found.compact(SIDE)
+        if site.name not in self._kept:
+            self._kept = self._pass(_group(self._run.model.sites[site.number :], self._numbers))
+        held = self._kept.pop(site.name).compact(SIDE)
         lists = {
             "exemplar_images": held["image_ids"].tolist(),
             "exemplar_values": held["values"].tolist(),
@@ -245,6 +238,48 @@ class Exemplars:
         for values in lists.values():
             values[:] = [[] if off else each for each, off in zip(values, silent, strict=True)]
         return {"threshold": held["threshold"], **lists}
+
+    def _pass(self, sites: list[Site]) -> dict[str, ExemplarSet]:
+        from neuropil.interpret.milan import regions
+
+        found = regions(self._run.module, (x for _, x in self._run.batches()), sites, k=self.k, quantile=0.99)
+        return {each.layer: each for each in found}
+
+    def _numbers(self, site: Site) -> int:
+        """How many are kept of a site: of each neuron its best maps, and its values until they are counted in bins."""
+        from neuropil.interpret.milan.running import CAPACITY
+
+        if not self._places:
+            self._places = self._counted()
+        places = self._places.get(site.name, 1)
+        return site.width * (self.k * places + min(len(self._run.images) * places, CAPACITY))
+
+    def _counted(self) -> dict[str, int]:
+        """At how many places of an image the neurons of each site are."""
+        found: dict[str, int] = {}
+
+        def see(site: Site) -> Callable[[Tensor], None]:
+            def act(h: Tensor) -> None:
+                found[site.name] = h.numel() // site.width
+
+            return act
+
+        run = self._run
+        with torch.inference_mode(), tapped(run.module, [(s.tap, s.width, see(s)) for s in run.model.sites]):
+            run.module(next(run.batches([0]))[1])
+        return found
+
+
+def _group(sites: Sequence[Site], numbers: Callable[[Site], int]) -> list[Site]:
+    """The first of the sites and those after it, as many as one pass may serve."""
+    chosen: list[Site] = []
+    room = STATE
+    for site in sites:
+        room -= numbers(site)
+        if chosen and room < 0:
+            break
+        chosen.append(site)
+    return chosen
 
 
 def digits(masks: Tensor) -> list[list[str]]:

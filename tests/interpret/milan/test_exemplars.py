@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from neuropil.errors import ModelError
-from neuropil.interpret.milan import ExemplarSet, UnknownLayer, exemplars, tokens_to_grid
+from neuropil.interpret.milan import ExemplarSet, UnknownLayer, exemplars, regions, tokens_to_grid
 from neuropil.interpret.milan.running import RunningQuantile, RunningTopK
 from neuropil.neurons import find_sites
 
@@ -242,6 +242,21 @@ def test_tensors_data_sets_and_iterables_give_the_same() -> None:
     for other in found[1:]:
         assert torch.equal(other.image_ids, found[0].image_ids)
         assert torch.equal(other.threshold, found[0].threshold)
+
+
+def test_one_pass_for_several_layers_gives_what_a_pass_for_each_does() -> None:
+    net, shown = small_net(), images(90)
+    layers = [*find_sites(net), "0"]
+    calls: list[int] = []
+    net.register_forward_pre_hook(lambda *_: calls.append(1))
+    together = regions(net, shown, layers, k=4)
+    assert len(calls) == 3  # batches of 32
+    for layer, found in zip(layers, together, strict=True):
+        alone = exemplars(net, shown, layer, k=4)
+        assert found.layer == alone.layer
+        assert not len(found.stored)
+        for name in ("image_ids", "values", "maps", "threshold"):
+            assert torch.equal(getattr(found, name), getattr(alone, name))
 
 
 def test_saved_and_loaded_and_taken(tmp_path: Path) -> None:

@@ -53,7 +53,7 @@ from neuropil.interpret.milan.editing import (
 )
 from neuropil.interpret.milan.encoder import RegionEncoder, pool
 from neuropil.interpret.milan.estimator import MILAN, Description
-from neuropil.interpret.milan.exemplars import ExemplarSet, exemplars
+from neuropil.interpret.milan.exemplars import ExemplarSet, exemplars, regions
 from neuropil.interpret.milan.language import LanguageModel, Vocabulary, bleu, rouge_l
 from neuropil.interpret.milan.layer import UnknownLayer, tokens_to_grid
 from neuropil.interpret.milan.scene_models import scene_captioner
@@ -92,6 +92,7 @@ __all__ = [
     "iou",
     "netdissect",
     "pool",
+    "regions",
     "rerank",
     "rouge_l",
     "scene_captioner",

@@ -24,6 +24,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -195,35 +196,57 @@ def exemplars(
     range, an empty probe or pictures outside 0..1.
     """
     _check(model, layer, k, quantile, units)
-    name = layer.name if isinstance(layer, Site) else layer
-    run = _Run(k, quantile, units, capacity, bins, keep)
+    settings = {"k": k, "quantile": quantile, "capacity": capacity, "bins": bins, "keep": keep}
+    run = _Run(layer, reshape, settings, units)
     path = None if checkpoint is None else Path(checkpoint)
     if path is not None and path.exists():
         run.load_state_dict(torch.load(path, weights_only=True), path)
-    training = [module for module in model.modules() if module.training]
-    last = isinstance(layer, Site) and layer.tap.axis == -1
-    try:
-        model.eval()
-        with torch.no_grad(), seen_layer(model, layer) as seen:
-            for number, batch in enumerate(batched(images, batch_size, run.top.seen), 1):
-                inputs = inputs_of(model, batch, generative)
-                seen.clear()
-                out = model(*inputs)
-                if len(seen) != 1:
-                    raise ModelError(f"layer {name!r} ran {len(seen)} times in one forward pass; expected once")
-                source = (out[0] if isinstance(out, tuple) else out) if generative else inputs[0]
-                pictures = source.detach()
-                maps, flat = as_maps(seen[0], len(pictures), last, reshape, name)
-                run.add(maps.cpu(), flat, pictures, show, name)
-                if path is not None and number % save_every == 0:
-                    _write(run.state_dict(), path)
-    finally:
-        for module in training:
-            module.training = True
-    found = run.result(name)
+    with _still(model), seen_layer(model, layer) as seen:
+        for number, batch in enumerate(batched(images, batch_size, run.top.seen), 1):
+            inputs = inputs_of(model, batch, generative)
+            out = model(*inputs)
+            source = (out[0] if isinstance(out, tuple) else out) if generative else inputs[0]
+            run.add(seen, source, show)
+            if path is not None and number % save_every == 0:
+                _write(run.state_dict(), path)
+    found = run.result()
     if path is not None:
         path.unlink(missing_ok=True)
     return found
+
+
+def regions(
+    model: nn.Module, images: Any, layers: Sequence[str | Site], *, k: int = K, quantile: float = QUANTILE
+) -> list[ExemplarSet]:
+    """`exemplars` of several layers in one pass over the images, without pictures.
+
+    What is kept of each layer (`k` maps and a sketch a unit) is kept of all of them at once.
+    """
+    for layer in layers:
+        _check(model, layer, k, quantile, None)
+    settings = {"k": k, "quantile": quantile, "capacity": CAPACITY, "bins": BINS, "keep": False}
+    runs = [_Run(layer, None, settings, None) for layer in layers]
+    with _still(model), ExitStack() as stack:
+        seen = [stack.enter_context(seen_layer(model, layer)) for layer in layers]
+        for batch in batched(images, 32):
+            inputs = inputs_of(model, batch)
+            model(*inputs)
+            for run, maps in zip(runs, seen, strict=True):
+                run.add(maps, inputs[0], None)
+    return [run.result() for run in runs]
+
+
+@contextmanager
+def _still(model: nn.Module) -> Iterator[None]:
+    """In evaluation mode and without gradients; afterwards each module is as it was."""
+    training = [module for module in model.modules() if module.training]
+    try:
+        model.eval()
+        with torch.no_grad():
+            yield
+    finally:
+        for module in training:
+            module.training = True
 
 
 def _check(model: nn.Module, layer: str | Site, k: int, quantile: float, units: Sequence[int] | None) -> None:
@@ -275,39 +298,50 @@ def inputs_of(model: nn.Module, batch: Any, generative: bool = False) -> list[Te
 
 
 class _Run:
-    """Exemplars in the making; all of its state can be written down."""
+    """Exemplars of one layer in the making; all of its state can be written down."""
 
     def __init__(
-        self, k: int, quantile: float, units: Sequence[int] | None, capacity: int, bins: int, keep: bool
+        self, layer: str | Site, reshape: Reshape | None, settings: dict[str, Any], units: Sequence[int] | None
     ) -> None:
-        self.top, self.quantile, self.keep = RunningTopK(k), quantile, keep
+        self.name = layer.name if isinstance(layer, Site) else layer
+        self._last = isinstance(layer, Site) and layer.tap.axis == -1
+        self._reshape, self.settings = reshape, settings
+        self.top = RunningTopK(settings["k"])
         self.units = None if units is None else torch.as_tensor(units)
         self.sketch: RunningQuantile | None = None
-        self.capacity, self.bins, self.flat = capacity, bins, False
+        self.flat = False
         self.size: tuple[int, int] = (1, 1)
         self.pictures: dict[int, Tensor] = {}
 
-    def add(self, maps: Tensor, flat: bool, images: Tensor, show: Callable[[Tensor], Tensor] | None, name: str) -> None:
+    def _sketch(self) -> RunningQuantile:
+        assert self.units is not None
+        return RunningQuantile(len(self.units), self.settings["capacity"], self.settings["bins"])
+
+    def add(self, seen: list[Any], images: Tensor, show: Callable[[Tensor], Tensor] | None) -> None:
+        """Take in what the layer gave for a batch of images; the list is emptied for the next."""
+        if len(seen) != 1:
+            raise ModelError(f"layer {self.name!r} ran {len(seen)} times in one forward pass; expected once")
+        maps, flat = as_maps(seen.pop(), len(images), self._last, self._reshape, self.name)
+        maps = maps.cpu()
         if self.units is None:
             self.units = torch.arange(maps.shape[1])
         if self.sketch is None:
             width = maps.shape[1]
             if not 0 <= int(self.units.min()) <= int(self.units.max()) < width:
-                raise ValueError(f"units {self.units.tolist()}: layer {name!r} has units 0 to {width - 1}")
-            self.sketch = RunningQuantile(len(self.units), self.capacity, self.bins)
-            self.flat = flat
+                raise ValueError(f"units {self.units.tolist()}: layer {self.name!r} has units 0 to {width - 1}")
+            self.sketch, self.flat = self._sketch(), flat
         maps = maps[:, self.units]
         if self.top.seen and maps.shape[2:] != self.top.maps.shape[2:]:
             raise ValueError(
                 f"maps of {list(maps.shape[2:])} after maps of {list(self.top.maps.shape[2:])}: "
                 "bring the images to one size first"
             )
-        first = self.top.seen
+        first, images = self.top.seen, images.detach()
         self.sketch.add(maps.transpose(0, 1).flatten(1))
         self.top.add(maps)
         spatial = images.dim() == 4
         self.size = (images.shape[2], images.shape[3]) if spatial else (maps.shape[2], maps.shape[3])
-        if self.keep:
+        if self.settings["keep"]:
             self._keep(images, show, first)
 
     def _keep(self, images: Tensor, show: Callable[[Tensor], Tensor] | None, first: int) -> None:
@@ -332,36 +366,36 @@ class _Run:
             0, 3, 1, 1, dtype=torch.uint8
         )
 
-    def result(self, name: str) -> ExemplarSet:
+    def result(self) -> ExemplarSet:
         if self.sketch is None or self.units is None:
             raise ValueError("the probe is empty; give at least one image")
         stored_ids, stored = self._stored()
-        threshold = self.sketch.quantile(self.quantile)
+        quantile = self.settings["quantile"]
         return ExemplarSet(
-            name, self.units, self.top.ids, self.top.values, self.top.maps, threshold,
-            self.sketch.error(self.quantile), self.quantile, self.top.seen, self.size, self.flat, stored_ids, stored,
+            self.name, self.units, self.top.ids, self.top.values, self.top.maps, self.sketch.quantile(quantile),
+            self.sketch.error(quantile), quantile, self.top.seen, self.size, self.flat, stored_ids, stored,
         )  # fmt: skip
-
-    def settings(self) -> dict[str, Any]:
-        return {
-            "k": self.top.k, "quantile": self.quantile, "capacity": self.capacity, "bins": self.bins, "keep": self.keep
-        }  # fmt: skip
 
     def state_dict(self) -> dict[str, Any]:
         assert self.sketch is not None
         stored_ids, stored = self._stored()
         return {
-            "settings": self.settings(), "top": self.top.state_dict(), "sketch": self.sketch.state_dict(),
-            "units": self.units, "flat": self.flat, "size": self.size, "stored_ids": stored_ids, "stored": stored,
+            "settings": self.settings, "layer": self.name, "top": self.top.state_dict(),
+            "sketch": self.sketch.state_dict(), "units": self.units, "flat": self.flat, "size": self.size,
+            "stored_ids": stored_ids, "stored": stored,
         }  # fmt: skip
 
     def load_state_dict(self, state: dict[str, Any], path: Path) -> None:
         given = self.units
-        if state["settings"] != self.settings() or (given is not None and not torch.equal(given, state["units"])):
-            raise ValueError(f"{path} is of a run with other settings ({state['settings']}); delete it or use its own")
+        same = state["settings"] == self.settings and state["layer"] == self.name
+        if not same or (given is not None and not torch.equal(given, state["units"])):
+            raise ValueError(
+                f"{path} is of a run of {state['layer']!r} with other settings ({state['settings']}); delete it or use "
+                "its own"
+            )
         self.units, self.flat, self.size = state["units"], state["flat"], tuple(state["size"])
         self.top.load_state_dict(state["top"])
-        self.sketch = RunningQuantile(len(state["units"]), self.capacity, self.bins)
+        self.sketch = self._sketch()
         self.sketch.load_state_dict(state["sketch"])
         self.pictures = dict(zip(state["stored_ids"].tolist(), state["stored"], strict=True))
 
