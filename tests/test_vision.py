@@ -114,6 +114,7 @@ def test_exemplars_of_a_neuron_that_copies_the_picture_are_its_brightest_images(
 @pytest.mark.parametrize("kind", [Activity, Exemplars])
 def test_how_many_sites_a_pass_serves_changes_nothing(kind: type, monkeypatch: pytest.MonkeyPatch) -> None:
     model = load(small())
+    kind(model, noise()).columns(model.sites[0])  # what is found out of a model once, by running it
     passes: list[int] = []
     model.module().register_forward_pre_hook(lambda *_: passes.append(1))
     found, counts = [], []
