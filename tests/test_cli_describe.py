@@ -112,6 +112,28 @@ def test_one_layer_by_number_by_name_and_said_in_a_terminal(net: Path, photos: P
     assert "10 described from 20 pictures" in said.stdout
 
 
+def test_into_an_atlas_layer_by_layer(cnn: Path, captioner: Path, tmp_path: Path) -> None:
+    atlas = tmp_path / "atlas"
+    assert run("atlas", cnn, "--images", "digits", "--no-causal", "--out", atlas).exit_code == 0
+    command = ["describe", cnn, "--atlas", atlas, "-k", 3, "--captioner", captioner, "--json"]
+    first = json.loads(run(*command, "--beam", 2, "-l", 0).stdout)["units"]
+    assert {unit["layer"] for unit in first} == {load(cnn).sites[0].name}
+    part = atlas / "parts" / "milan" / "00000.parquet"
+    written = part.stat().st_mtime_ns
+    again = run(*command, "--beam", 2)
+    assert part.stat().st_mtime_ns == written  # what is there is not described again
+    whole = json.loads(again.stdout)["units"]
+    assert whole[: len(first)] == first
+    assert len(whole) == sum(site.width for site in load(cnn).sites)
+    other = run(*command, "--beam", 3)
+    assert other.exit_code != 0
+    assert "--overwrite" in other.stderr
+    assert part.stat().st_mtime_ns == written
+    assert run(*command, "--beam", 3, "--overwrite", "-l", 0).exit_code == 0
+    with Atlas.open(atlas) as made:
+        assert made.query("SELECT DISTINCT site FROM milan")["site"].to_pylist() == [0]
+
+
 def test_what_is_wrong_is_said(net: Path, photos: Path, captioner: Path, tmp_path: Path) -> None:
     def refused(*arguments: Any) -> str:
         done = run("describe", *arguments)

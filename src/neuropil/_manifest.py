@@ -116,7 +116,7 @@ def same_settings(path: Path, group: str, there: Mapping[str, Any], settings: Ma
     told = "; ".join(f"{k}: {old.get(k)!r} there, {settings.get(k)!r} now" for k in keys)
     raise AtlasError(
         f"{path} has group {group!r} with other settings ({told}). Use a new folder, the same settings, or "
-        "overwrite=True to replace the group."
+        "overwrite=True (--overwrite) to replace the group."
     )
 
 

@@ -277,7 +277,7 @@ class Atlas:
             elif have[site.number].path.read_bytes() != given:
                 raise AtlasError(
                     f"group {group!r} already has other values for site {name!r}; give the new ones another "
-                    "group name, or overwrite=True to replace the group"
+                    "group name, or overwrite=True (--overwrite) to replace the group"
                 )
         return sorted(todo)
 

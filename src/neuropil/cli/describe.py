@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -15,6 +16,7 @@ from neuropil.cli.output import Column
 from neuropil.errors import ModelError, NeuropilError
 
 if TYPE_CHECKING:
+    from neuropil.atlas import Atlas
     from neuropil.interpret.milan import MILAN, Description, ExemplarSet
     from neuropil.interpret.milan.sheet import Shown
     from neuropil.models import Model
@@ -63,12 +65,15 @@ def describe(
     atlas: Annotated[
         Path | None, typer.Option(metavar="ATLAS", help="Add the descriptions to this atlas of MODEL.")
     ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Describe anew what ATLAS already has.")] = False,
     as_json: AsJson = False,
 ) -> None:
     """Say in a sentence which regions of IMAGES drive each unit of MODEL.
 
     The captioner that is there by itself learned from generated scenes: it knows colours, textures, shapes, sizes and
-    letters. It is trained in a few minutes when first used, and kept in the cache.
+    letters, and of photographs says which of these they remind it of. It is trained in a minute or two when first
+    used, and kept in the cache. Into an atlas, each layer is written when it is described: a run that was stopped goes
+    on where it was.
     """
     if images is None and atlas is None:
         raise typer.BadParameter("give pictures, or an atlas that holds some (--atlas).", param_hint="IMAGES")
@@ -83,24 +88,36 @@ def describe(
     probe, origin = _probe(loaded, images, atlas)
     net = loaded.module()
     milan = _captioner(captioner, encoder).set_params(lam=lam, beam=beam)
-    described: list[tuple[ExemplarSet, list[Description]]] = []
     from neuropil.interpret.milan import exemplars
 
-    with interruptible(lambda: "Stopped; nothing was written."):
-        for each in layers:
-            output.note(f"{each if isinstance(each, str) else each.name}: {output.plural(len(probe), 'picture')} …")
-            found = exemplars(net, probe, each, k=k, quantile=quantile, show=probe.show)
-            texts = milan.describe(found)
-            described.append((found if out is not None else _bare(found), texts))
+    def found(each: str | Site) -> tuple[ExemplarSet, list[Description]]:
+        output.note(f"{each if isinstance(each, str) else each.name}: {output.plural(len(probe), 'picture')} …")
+        regions = exemplars(net, probe, each, k=k, quantile=quantile, show=probe.show)
+        texts = milan.describe(regions)
+        return (regions if out is not None else _bare(regions)), texts
+
+    settings = origin | {
+        "k": k,
+        "quantile": quantile,
+        "lam": lam,
+        "beam": beam,
+        "captioner": str(captioner or "scenes"),
+    }
+    described: list[tuple[ExemplarSet, list[Description]]] = []
+    if atlas is None or out is not None:  # a page shows pictures, which an atlas does not keep
+        with interruptible(lambda: "Stopped; nothing was written."):
+            described = [found(each) for each in layers]
     facts: dict[str, Any] = {
         "model": loaded.name, "images": origin["images"], "pictures": len(probe),
         "captioner": str(captioner or "generated scenes"),
-        "units": [fact for found, texts in described for fact in _facts(found, texts)],
     }  # fmt: skip
     if out is not None:
         facts["written"] = _written(out, described, probe, loaded.name)
     if atlas is not None:
-        facts["columns"] = _added(atlas, loaded, described, origin | {"k": k, "quantile": quantile, "lam": lam})
+        ready = {regions.layer: (regions, texts) for regions, texts in described}
+        facts |= _kept(atlas, loaded, layers, lambda site: ready.get(site.name) or found(site), settings, overwrite)
+    else:
+        facts["units"] = [fact for regions, texts in described for fact in _facts(regions, texts)]
     output.as_json(facts) if as_json else _show(facts)
 
 
@@ -166,7 +183,7 @@ def _captioner(folder: Path | None, encoder: str | None) -> MILAN:
     if folder is not None and not (folder / "encoder.safetensors").is_file():
         raise NeuropilError(f"{folder} holds no network to see with; name the one it was trained with by --encoder")
     if folder is None:
-        output.note("the captioner of generated scenes (trained once, in a few minutes) …")
+        output.note("the captioner of generated scenes (trained once, in a minute or two) …")
     with interruptible(lambda: "Stopped while the captioner learned; nothing was kept."):
         return scene_captioner(folder)
 
@@ -192,20 +209,50 @@ def _written(out: Path, described: list[tuple[ExemplarSet, list[Description]]], 
     return [str(write_table(out, described, probe.names)), str(page)]
 
 
-def _added(
+def _kept(
     path: Path,
     loaded: Model,
-    described: list[tuple[ExemplarSet, list[Description]]],
+    layers: list[Any],
+    describe: Callable[[Site], tuple[ExemplarSet, list[Description]]],
     settings: dict[str, Any],
-) -> list[str]:
+    overwrite: bool,
+) -> dict[str, Any]:
+    """Describe, a layer at a time, what the atlas lacks; gives what it then says of these layers."""
     from neuropil.atlas import Atlas
     from neuropil.interpret.milan import as_columns
 
-    columns = {found.layer: as_columns(found, texts) for found, texts in described}
     with Atlas.create(path, loaded) as atlas:
-        atlas.add("milan", columns, settings=settings, method="interpret.milan", overwrite=True)
+        atlas.add("milan", {}, settings=settings, method="interpret.milan", overwrite=overwrite)
+        there = _sites(atlas)
+        missing = [site for site in layers if site.number not in there]
+        if there:
+            output.note(f"{path} has {output.plural(len(layers) - len(missing), 'layer')} of {len(layers)} described")
+
+        def stopped() -> str:
+            return f"Stopped. {path} keeps {output.plural(len(_sites(atlas)), 'layer')}; the same command goes on."
+
+        with interruptible(stopped):
+            for site in missing:
+                columns = {site.name: as_columns(*describe(site))}
+                atlas.add("milan", columns, settings=settings, method="interpret.milan", progress=False)
+        rows = atlas.query(
+            "SELECT neurons.module AS layer, m.index AS unit, m.dead, m.description, m.description_score AS score "
+            "FROM milan AS m JOIN neurons USING (site, index) WHERE list_contains($sites, m.site) "
+            "ORDER BY m.site, unit",
+            {"sites": [site.number for site in layers]},
+        ).to_pylist()
         names = ("description", "description_score", "dead")  # the last is there already where activity is
-        return [f"milan_{name}" if f"milan_{name}" in atlas.columns else name for name in names]
+        return {
+            "units": rows,
+            "columns": [f"milan_{name}" if f"milan_{name}" in atlas.columns else name for name in names],
+        }
+
+
+def _sites(atlas: Atlas) -> set[int]:
+    """Numbers of the sites that are described."""
+    if not any((atlas.path / "parts" / "milan").glob("*.parquet")):
+        return set()
+    return set(atlas.query("SELECT DISTINCT site FROM milan")["site"].to_pylist())
 
 
 def _show(facts: dict[str, Any]) -> None:

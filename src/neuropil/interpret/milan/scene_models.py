@@ -117,7 +117,7 @@ def scene_captioner(
     epochs: int = 6,
     captioner_epochs: int = 40,
 ) -> MILAN:
-    """A captioner of generated scenes: trained in a few minutes the first time, then kept in `folder` (the cache's).
+    """A captioner of generated scenes: trained in a minute or two the first time, then kept in `folder` (the cache's).
 
     It knows some sixty words: colours, textures, shapes, sizes, places and letters. Of photographs it says which of
     these they remind it of; for more, train `MILAN` on your own regions and sentences. The sizes are those of its
