@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from neuropil.errors import NeuropilError, QueryError
-from neuropil.explorer import words
+from neuropil.explorer import alike, words
 from neuropil.explorer.facts import Facts
 from neuropil.explorer.view import View
 from neuropil.models import Model
@@ -56,12 +56,12 @@ def test_neighbours_by_tokens_are_by_jaccard(facts: Facts) -> None:
     sets = {r["neuron"]: set(r["ids"]) for r in rows}
     mine = sets.pop("1:3")
     brute = sorted((-len(mine & s) / len(mine | s), n) for n, s in sets.items())[:12]
-    assert facts.alike_by_tokens("1:3") == [(n, pytest.approx(-s)) for s, n in brute if s]
+    assert alike.by_tokens(facts, "1:3") == [(n, pytest.approx(-s)) for s, n in brute if s]
 
 
 @pytest.mark.parametrize("everywhere", [False, True])
 def test_neighbours_by_weights_are_by_cosine(facts: Facts, model: Model, everywhere: bool) -> None:
-    found = facts.alike_by_rows("1:3", "down", model, everywhere)
+    found = alike.by_rows("1:3", "down", model, everywhere)
     rows = torch.cat([model.rows(s, "down") for s in model.sites])
     cosines = torch.nn.functional.cosine_similarity(rows, rows[24 + 3][None])
     cosines[24 + 3] = 0
@@ -71,7 +71,7 @@ def test_neighbours_by_weights_are_by_cosine(facts: Facts, model: Model, everywh
     assert [a for a, _ in found] == [f"{i // 24}:{i % 24}" for i in best.tolist()]
     assert [c for _, c in found] == pytest.approx(cosines[best].tolist(), abs=1e-5)
     with pytest.raises(NeuropilError, match="no 'sideways' weight"):
-        facts.alike_by_rows("1:3", "sideways", model, everywhere)
+        alike.by_rows("1:3", "sideways", model, everywhere)
 
 
 def test_downloads_hold_the_whole_view(facts: Facts) -> None:

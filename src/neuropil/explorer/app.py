@@ -10,7 +10,6 @@ from fastapi import Depends, FastAPI, Form, Request
 from fastapi.responses import HTMLResponse, JSONResponse, RedirectResponse, Response, StreamingResponse
 from fastapi.staticfiles import StaticFiles
 from fastapi.templating import Jinja2Templates
-from markupsafe import Markup
 from pydantic import BaseModel, Field
 from starlette.concurrency import iterate_in_threadpool
 from starlette.exceptions import HTTPException
@@ -18,53 +17,15 @@ from starlette.middleware.gzip import GZipMiddleware
 
 import neuropil
 from neuropil.errors import NeuropilError, QueryError, UnknownNeuron
-from neuropil.explorer import pictures, words
+from neuropil.explorer import alike, parts, pictures, words
 from neuropil.explorer.cells import ADDRESS, cells, heads
-from neuropil.explorer.drawing import DEPTHS, Drawings
+from neuropil.explorer.examples import examples
 from neuropil.explorer.facts import Facts
 from neuropil.explorer.guard import Guard
 from neuropil.explorer.live import Live, NotReady, Run
 from neuropil.explorer.view import FLAGS, MOST_ROWS, PAGE, View
 
 HERE = Path(__file__).parent
-EXAMPLES = (
-    (
-        "Strongest suppressors",
-        "SELECT neuron, label, effect, effect_se, cos_up, cos_down\nFROM neurons\n"
-        "WHERE verdict = 'suppresses' AND NOT hub\nORDER BY effect\nLIMIT 50",
-    ),
-    (
-        "Confirmed, by layer",
-        "SELECT layer, count(*) AS neurons, avg(specialised::INT) AS specialised,\n"
-        "       avg(confirmed::INT) AS confirmed\nFROM neurons\nGROUP BY layer\nORDER BY layer",
-    ),
-    (
-        "Words with most neurons",
-        "SELECT label, count(*) AS neurons, max(specialisation) AS best\n"
-        "FROM neurons\n"
-        "WHERE specialised AND NOT hub AND label <> ''\nGROUP BY label\nORDER BY neurons DESC\nLIMIT 50",
-    ),
-    ("What can be asked", "DESCRIBE neurons"),
-)
-EXAMPLES_SEEN = (
-    (
-        "Most selective",
-        "SELECT neuron, preferred_class, selectivity, activation_max\nFROM neurons\nWHERE NOT dead\n"
-        "ORDER BY selectivity DESC NULLS LAST\nLIMIT 50",
-    ),
-    (
-        "Missed most",
-        "SELECT neuron, ablation, ablation_se, ablation_estimate\nFROM neurons\nWHERE ablation > 2 * ablation_se\n"
-        "ORDER BY ablation DESC\nLIMIT 50",
-    ),
-    (
-        "By layer",
-        "SELECT site, module, count(*) AS neurons, sum(dead::INT) AS dead, avg(sparsity) AS sparsity\n"
-        "FROM neurons\nGROUP BY ALL\nORDER BY site",
-    ),
-    ("What can be asked", "DESCRIBE neurons"),
-)
-OFTEN = {"Cache-Control": "private, max-age=60"}  # pictures: a page shows many, and an atlas may be made anew
 
 
 class RunRequest(BaseModel):
@@ -82,7 +43,7 @@ class RunRequest(BaseModel):
 def build(path: Path, model: Any, hosts: list[str] | None) -> FastAPI:
     """Put the application together; see `neuropil.explorer.create_app`."""
     facts = Facts(path)
-    live = Live(model if model is not None else _source(facts), _field(facts.atlas.manifest, "fingerprint"))
+    live = Live(model if model is not None else _source(facts), facts.told("fingerprint"))
     templates = Jinja2Templates(HERE / "templates")  # autoescape is on for .html
     templates.env.filters.update(number=words.number, shown=words.shown)
     templates.env.globals.update(
@@ -90,7 +51,7 @@ def build(path: Path, model: Any, hosts: list[str] | None) -> FastAPI:
         facts=facts,
         live=live,
         version=neuropil.__version__,
-        model_name=_field(facts.atlas.manifest, "name", "model") or "unknown model",
+        model_name=facts.told("name", "model") or "unknown model",
     )
     app = FastAPI(
         title="neuropil",
@@ -111,26 +72,16 @@ def build(path: Path, model: Any, hosts: list[str] | None) -> FastAPI:
     _map(app, facts, page)
     _neuron(app, facts, live, page)
     _playground(app, facts, live, page)
-    _pictures(app, facts)
-    _parts(app, facts, live, page)
+    parts.pictures_of(app, facts)
+    parts.parts_of(app, facts, live, page)
     app.state.live, app.state.facts = live, facts
     return app
 
 
-def _field(manifest: Any, *names: str) -> str:
-    """A text of the manifest, which keeps the facts of the model under "model"."""
-    model = manifest.get("model") if isinstance(manifest.get("model"), dict) else {}
-    for name in names:
-        value = model.get(name) or manifest.get(name)
-        if isinstance(value, str) and value:
-            return value
-    return ""
-
-
 def _source(facts: Facts) -> str | None:
     """The model the atlas was made of: its folder if that is still there, else its name."""
-    path = _field(facts.atlas.manifest, "path")
-    return path if path and Path(path).exists() else _field(facts.atlas.manifest, "name", "model") or None
+    path = facts.told("path")
+    return path if path and Path(path).exists() else facts.told("name", "model") or None
 
 
 def _errors(app: FastAPI, page: Any) -> None:
@@ -240,14 +191,6 @@ def _table(app: FastAPI, facts: Facts, page: Any) -> None:
         return RedirectResponse(View(q=to).url("/"), 303)
 
 
-def examples(facts: Facts) -> list[tuple[str, str]]:
-    """The example questions that this atlas can answer."""
-    if not facts.sees:
-        return list(EXAMPLES)
-    needs = {"Most selective": "selectivity", "Missed most": "ablation", "By layer": "sparsity"}
-    return [(name, sql) for name, sql in EXAMPLES_SEEN if needs.get(name, "neuron") in facts.columns]
-
-
 def _map(app: FastAPI, facts: Facts, page: Any) -> None:
     @app.get("/map")
     def show(request: Request, column: str = "", order: str = "", q: str = "") -> Response:
@@ -308,19 +251,19 @@ def _neuron(app: FastAPI, facts: Facts, live: Live, page: Any) -> None:
         )
 
     @app.get("/neuron/{address}/alike")
-    def alike(request: Request, address: str, by: str = "tokens", wide: bool = False) -> Response:
+    def neighbours(request: Request, address: str, by: str = "tokens", wide: bool = False) -> Response:
         row = facts.neuron(address)
         address = str(row["neuron"])
         model = live.light() if by in words.ROLES else None
         note = ""
         by = "images" if facts.sees and by == "tokens" else by
         if model is not None:
-            pairs = facts.alike_by_rows(address, by, model, wide)
+            pairs = alike.by_rows(address, by, model, wide)
         else:
             if by in words.ROLES:
                 by = "images" if facts.sees else "tokens"
                 note = f"The weights are not to be had ({live.status.message}), so this is by shared {by}."
-            pairs = facts.alike_by_images(address) if facts.sees else facts.alike_by_tokens(address)
+            pairs = alike.by_images(facts, address) if facts.sees else alike.by_tokens(facts, address)
         known = facts.brief([a for a, _ in pairs])
         return page(
             request,
@@ -394,72 +337,6 @@ def _playground(app: FastAPI, facts: Facts, live: Live, page: Any) -> None:
         return StreamingResponse(
             _events(request, live, job), media_type="text/event-stream", headers={"Cache-Control": "no-store"}
         )
-
-
-def _pictures(app: FastAPI, facts: Facts) -> None:
-    @app.get("/image/{number}.png")
-    def image(number: int) -> Response:
-        """One of the images that the model was shown."""
-        if number not in facts.images:
-            raise HTTPException(404, f"this atlas holds no image {number}")
-        return Response(facts.images[number]["png"], media_type="image/png", headers=OFTEN)
-
-    @app.get("/neuron/{address}/exemplar/{place}.png")
-    def exemplar(address: str, place: int) -> Response:
-        """An image that drives a neuron, dimmed outside the region that does."""
-        drivers = facts.drivers(address)
-        if not 0 <= place < len(drivers):
-            raise HTTPException(404, f"neuron {address} has no exemplar {place} whose image is in this atlas")
-        return Response(pictures.lit(*drivers[place]), media_type="image/png", headers=OFTEN)
-
-    @app.get("/neuron/{address}/exemplars.png")
-    def first(address: str) -> Response:
-        """The first few, small and side by side."""
-        if not (drivers := facts.drivers(address)):
-            raise HTTPException(404, f"neuron {address} has no exemplars whose images are in this atlas")
-        return Response(pictures.strip(drivers[:4]), media_type="image/png", headers=OFTEN)
-
-
-def _parts(app: FastAPI, facts: Facts, live: Live, page: Any) -> None:
-    @app.get("/bricks")
-    def bricks(request: Request, site: str = "", function: str = "") -> Response:
-        made = facts.bricks
-        numbers = list(made)
-        chosen = int(site) if site.isdecimal() and int(site) in made else (numbers[0] if numbers else 0)
-        shown = [b for b in made.get(chosen, []) if not function or b.function == function]
-        return page(
-            request,
-            "bricks.html",
-            made=made,
-            chosen=chosen,
-            shown=shown,
-            function=function[:200],
-            functions=facts.values("brick_function"),
-        )
-
-    drawings = Drawings(facts.path, live)
-
-    def drawn(depth: int, fold: bool) -> Any:
-        fingerprint = _field(facts.atlas.manifest, "fingerprint")
-        return drawings.drawn(facts.sites, fingerprint, min(max(depth, 0), DEPTHS), fold)
-
-    @app.get("/diagram")
-    def diagram(request: Request, depth: int = 1, fold: bool = True) -> Response:
-        depth = min(max(depth, 0), DEPTHS)
-        return page(request, "diagram.html", depth=depth, fold=fold, depths=DEPTHS)
-
-    @app.get("/diagram/drawing")
-    def drawing(request: Request, depth: int = 1, fold: bool = True) -> Response:
-        """The drawing alone: tracing a model may take a while, and the page does not wait for it."""
-        try:
-            svg, problem = Markup(drawn(depth, fold).svg), ""
-        except NeuropilError as error:
-            svg, problem = Markup(""), str(error)
-        return page(request, "_drawing.html", svg=svg, problem=problem, depth=depth, fold=fold, status=live.status)
-
-    @app.get("/diagram/style.css")
-    def style(depth: int = 1, fold: bool = True) -> Response:
-        return Response(drawn(depth, fold).css, media_type="text/css", headers=OFTEN)
 
 
 async def _events(request: Request, live: Live, job: Run) -> AsyncIterator[str]:

@@ -105,6 +105,17 @@ class Facts:
     def sites(self) -> list[Any]:
         return list(self.atlas.sites)
 
+    def told(self, *names: str) -> str:
+        """The first of these texts that the manifest has; it keeps the facts of the model under "model"."""
+        manifest = self.atlas.manifest
+        model = manifest.get("model")
+        model = model if isinstance(model, dict) else {}
+        for name in names:
+            value = model.get(name) or manifest.get(name)
+            if isinstance(value, str) and value:
+                return value
+        return ""
+
     @property
     def sees(self) -> bool:
         """Whether the atlas is of a vision model: its neurons answer to images, not to tokens."""
@@ -349,42 +360,6 @@ class Facts:
         )
         return {row["neuron"]: row for row in rows}
 
-    def alike_by_tokens(self, address: str, limit: int = 12) -> list[tuple[str, float]]:
-        """Neurons whose top tokens overlap most with this one's: Jaccard index of the two sets.
-
-        Compared are the lists, both sides, of the weight that this neuron has its label from.
-        """
-        own = self.neuron(address)
-        role = own.get("label_from") or "up"
-        lists = [c for c in (f"{role}_token_ids", f"{role}_neg_token_ids") if c in self.columns]
-        if not lists:
-            return []
-        mine = sorted({int(t) for c in lists for t in own[c] or []})
-        if not mine:
-            return []
-        ids = "list_concat(" + ", ".join(lists) + ")" if len(lists) > 1 else lists[0]
-        rows = self.rows(
-            f"WITH t AS (SELECT neuron, list_distinct({ids}) AS ids FROM neurons), "
-            f"n AS (SELECT neuron, len(ids) AS size, len(list_intersect(ids, {mine})) AS common FROM t) "
-            f"SELECT neuron, common / ({len(mine)} + size - common) AS s FROM n "
-            f"WHERE common > 0 AND neuron <> {literal(address)} ORDER BY s DESC, neuron LIMIT {limit}"
-        )
-        return [(row["neuron"], row["s"]) for row in rows]
-
-    def alike_by_images(self, address: str, limit: int = 12) -> list[tuple[str, float]]:
-        """Neurons that share most of the images that drive them: Jaccard index of the two sets."""
-        own = self.neuron(address).get("exemplar_images")
-        if not own:
-            return []
-        mine = sorted(set(map(int, own)))
-        rows = self.rows(
-            "WITH n AS (SELECT neuron, len(exemplar_images) AS size, "
-            f"len(list_intersect(exemplar_images, {mine})) AS common FROM neurons) "
-            f"SELECT neuron, common / ({len(mine)} + size - common) AS s FROM n "
-            f"WHERE common > 0 AND neuron <> {literal(address)} ORDER BY s DESC, neuron LIMIT {limit}"
-        )
-        return [(row["neuron"], row["s"]) for row in rows]
-
     def values(self, column: str) -> list[str]:
         """The values of a text column, those of most neurons first."""
         if column in self.columns and column not in self._values:
@@ -430,34 +405,6 @@ class Facts:
             )
             made.setdefault(brick.site, []).append(brick)
         return made
-
-    def alike_by_rows(
-        self, address: str, role: str, model: Any, everywhere: bool, limit: int = 12
-    ) -> list[tuple[str, float]]:
-        """Neurons whose weight rows point the same way (or the opposite): cosine, by size."""
-        import torch
-
-        number, index = (int(x) for x in address.split(":"))
-        sites = {s.number: s for s in model.sites}
-        if number not in sites or role not in sites[number].roles:
-            raise NeuropilError(f"site {number} has no {role!r} weight")
-        own = model.rows(sites[number], role)[index]
-        own = own / own.norm().clamp_min(1e-12)
-        best: list[tuple[str, float]] = []
-        for site in sites.values() if everywhere else [sites[number]]:
-            if role not in site.roles:
-                continue
-            rows = model.rows(site, role)
-            if rows.shape[1] != own.shape[0]:
-                continue
-            cos = (rows @ own) / rows.norm(dim=1).clamp_min(1e-12)
-            if site.number == number:
-                cos[index] = 0
-            top = cos.abs().topk(min(limit, site.width)).indices
-            best += zip((f"{site.number}:{i}" for i in top.tolist()), cos[top].tolist(), strict=True)
-            with torch.no_grad():
-                del rows
-        return sorted(best, key=lambda pair: -abs(pair[1]))[:limit]
 
     def offered(self, words: str, limit: int = 8) -> list[dict[str, Any]]:
         """Neurons for the playground: those found by words, or else those with the largest effect."""
