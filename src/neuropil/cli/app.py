@@ -41,6 +41,7 @@ ORDER = [
     "diagram",
     "geometry",
     "law",
+    "shapley",
     "papers",
     "reproduce",
 ]
