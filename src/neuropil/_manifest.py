@@ -74,7 +74,7 @@ def begin(path: Path, model: Mapped) -> None:
     table = {"token_id": pa.array(range(len(tokens)), pa.int32()), "token": pa.array(tokens, pa.string())}
     _parts.atomic_write(path / "vocabulary.parquet", _parts.to_bytes(pa.table(table)))
     (path / "parts").mkdir(exist_ok=True)
-    source = getattr(model, "path", None)
+    source = getattr(model, "source", None) or getattr(model, "path", None)
     about = {
         "name": model.name,
         "source": str(source) if source else model.name,

@@ -85,6 +85,10 @@ class Atlas:
                 _manifest.same_model(path, _manifest.read(path), model)
             else:
                 _manifest.begin(path, model)
+            if (source := getattr(model, "source", None)) is not None:
+                from neuropil.models.files import trust
+
+                trust(source)
 
         return cls._writer(path, prepare, begin, memory)
 

@@ -388,7 +388,7 @@ def test_command_line_writes(net: Path, tmp_path: Path) -> None:
         (("{net}:Net", "--out", "net.png"), "expected a name that ends in"),
         (("{net}:Nothing",), "has no Nothing"),
         (("{net}:broken",), "gives int"),
-        (("nowhere.py:Net",), "there is no file"),
+        (("nowhere.py:Net",), "there is no file nowhere.py"),
         (("{net}:Net", "--input", "1,7,8,8"), "does not run on this example"),
     ],
 )

@@ -25,8 +25,6 @@ from sklearn.neighbors import NearestCentroid
 from sklearn.svm import SVC
 from sklearn.tree import DecisionTreeClassifier
 from torch import nn
-from typer import Typer
-from typer.testing import CliRunner
 
 from neuropil.errors import MissingExtra
 from neuropil.interpret import _shapley_values as values_module
@@ -47,7 +45,6 @@ from neuropil.interpret.shapley import (
     permutation_importance,
     shapley,
 )
-from neuropil.interpret.shapley_command import shapley_workflow
 
 SMALL = {"selector": None, "search": 0, "cv": 2, "inner_cv": 2, "background": 10, "explain_rows": 10}
 ACCURACY = get_scorer("accuracy")
@@ -837,22 +834,15 @@ def test_tables_that_cannot_be_read_are_refused(frame: pd.DataFrame, error: type
         ShapleyWorkflow(["tree"], **SMALL).fit(frame, [0, 1])
 
 
-def test_the_command_goes_from_files_to_a_page(tmp_path: Path) -> None:
-    for name, seed in (("train", 0), ("second", 1)):
-        X, y = mixed_table(60, seed)
-        X.assign(dx=y).to_csv(tmp_path / f"{name}.csv", index=False)
-    app = Typer()
-    app.command()(shapley_workflow)
-    given = [str(tmp_path / "train.csv"), "--external", str(tmp_path / "second.csv"), "--models", "tree,logistic"]
-    fast = ["--search", "0", "--cv", "2", "--selector-model", "logistic", "--out", str(tmp_path / "out")]
-    done = CliRunner().invoke(app, [*given, *fast, "--target", "dx"])
-    assert done.exit_code == 0, done.output
-    assert (tmp_path / "out" / "index.html").is_file()
-    evaluated = pd.read_csv(tmp_path / "out" / "evaluation.csv")
-    assert set(evaluated["cohort"]) == {"second"}
-    failed = CliRunner().invoke(app, [*given, *fast, "--target", "diagnosis"])
-    assert failed.exit_code == 1
-    assert "no column 'diagnosis'" in failed.output
+def test_progress_is_told_step_by_step() -> None:
+    workflow, X, y = specimen()
+    told: list[tuple[str, int, int]] = []
+    workflow.fit(X, y, progress=lambda *step: told.append(step))
+    assert [done for _, done, _ in told] == [0, 1, 2, 3]
+    assert {of for _, _, of in told} == {3}  # two folds, and all rows
+    told.clear()
+    workflow.explain(progress=lambda *step: told.append(step))
+    assert told == [("explanation", done, 2) for done in range(3)]
 
 
 def test_importing_the_family_does_not_import_scikit_learn() -> None:

@@ -26,6 +26,7 @@ from neuropil.cli import (  # noqa: F401  isort: skip
     law,
     papers,
     reproduce,
+    shapley,
     show,
 )
 

@@ -41,6 +41,7 @@ ORDER = [
     "diagram",
     "geometry",
     "law",
+    "shapley",
     "papers",
     "reproduce",
 ]
@@ -252,4 +253,8 @@ def command(name: str, panel: str, *lines: str) -> Callable[[Function], Function
 
 
 MODEL = "MODEL"
+ANY_MODEL = (
+    "smollm2, efficientnet-lite0, a Hugging Face folder or name, a GGUF file, or FILE.py:NAME (the file is run; NAME "
+    "is a module in it, or a class or function that makes one)."
+)
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON alone on stdout.")]

@@ -9,7 +9,7 @@ import typer
 from rich.text import Text
 
 from neuropil.cli import output
-from neuropil.cli.app import AsJson, command, interruptible
+from neuropil.cli.app import ANY_MODEL, AsJson, command, interruptible
 from neuropil.cli.output import Column
 
 if TYPE_CHECKING:
@@ -59,12 +59,11 @@ def read_prompts(path: Path | None) -> list[str] | None:
     "neuropil atlas model.gguf --out maps/model      a GGUF file",
     "neuropil atlas efficientnet-lite0               a vision model, shown photographs",
     "neuropil atlas ./resnet --images ./pictures     a vision checkpoint and your own images",
+    "neuropil atlas nets.py:Net --images digits      a class, or a function, of a Python file of yours",
     "torchrun --nproc-per-node 2 -m neuropil atlas   the layers shared between two processes",
 )
 def atlas(
-    model: Annotated[
-        str, typer.Argument(help="smollm2, efficientnet-lite0, a Hugging Face folder or name, or a GGUF file.")
-    ] = "smollm2",
+    model: Annotated[str, typer.Argument(help=ANY_MODEL)] = "smollm2",
     out: Annotated[
         Path | None,
         typer.Option("--out", "-o", help="The atlas's folder.", show_default="./atlases/<model name>"),
@@ -380,7 +379,9 @@ def explore(
     port: Annotated[int, typer.Option(min=1, max=65535, help="The port.")] = 8000,
     model: Annotated[
         str | None,
-        typer.Option(help="The model that the playground runs.", show_default="the one that was mapped"),
+        typer.Option(
+            help="The model that the playground runs, or FILE.py:NAME of it.", show_default="the one that was mapped"
+        ),
     ] = None,
     open_browser: Annotated[bool, typer.Option("--open/--no-open", help="Open the browser.")] = True,
 ) -> None:

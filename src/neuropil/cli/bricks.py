@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from neuropil.cli import output
-from neuropil.cli.app import MODEL, AsJson, command, interruptible
+from neuropil.cli.app import ANY_MODEL, MODEL, AsJson, command, interruptible
 from neuropil.cli.atlas import load_model
 from neuropil.cli.output import Column
 
@@ -28,9 +28,7 @@ BATCHES = 1  # of eight windows each, for measuring what pruning costs
     "neuropil bricks smollm2 --functions python,mail.txt --atlas atlases/smollm2",
 )
 def bricks(
-    model: Annotated[
-        str, typer.Argument(metavar=MODEL, help="smollm2, a Hugging Face folder or name, or a GGUF file.")
-    ],
+    model: Annotated[str, typer.Argument(metavar=MODEL, help=ANY_MODEL)],
     functions: Annotated[
         str | None,
         typer.Option(

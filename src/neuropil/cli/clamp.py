@@ -80,7 +80,7 @@ def clamp(
         list[str],
         typer.Argument(
             metavar="[MODEL] NEURON=VALUE...",
-            help="The model (smollm2 if left out), and the neurons with the values they are held at.",
+            help="The model (smollm2 if left out; any that `atlas` takes), and the neurons with their values.",
             show_default=False,
         ),
     ],

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from neuropil.cli import output
-from neuropil.cli.app import AsJson, command, interruptible
+from neuropil.cli.app import ANY_MODEL, AsJson, command, interruptible
 from neuropil.cli.atlas import load_model, size
 from neuropil.cli.output import Column
 
@@ -31,7 +31,7 @@ WINDOW, CALIBRATION, TEST = 256, 16, 24  # tokens, and windows of them
 def compress(
     model: Annotated[
         str | None,
-        typer.Argument(help="smollm2, a Hugging Face folder or name, or a GGUF file.", show_default="list methods"),
+        typer.Argument(help=ANY_MODEL, show_default="list methods"),
     ] = None,
     method: Annotated[str, typer.Option("--method", "-m", help="How; without MODEL, all are listed.")] = "uniform",
     bits: Annotated[int | None, typer.Option(help="Bits a weight.", show_default="the method's")] = None,
@@ -53,7 +53,8 @@ def compress(
 ) -> None:
     """Make MODEL smaller and say what that costs: bytes, perplexity, tokens a second.
 
-    The model that is given is never changed. The folder that is written loads wherever a model does.
+    The model that is given is never changed. The folder that is written loads wherever a model does (of a network of
+    your own: with `neuropil.models.load_packed`, into one that you make).
     """
     from neuropil.compress import recipes
 
@@ -131,6 +132,10 @@ def _example(loaded: Model) -> Any:
         return torch.zeros(1, getattr(config, "num_channels", 3), high, wide)
     if getattr(config, "vocab_size", None):
         return {"input_ids": torch.arange(8)[None] % config.vocab_size, "use_cache": False}
+    if (asked := loaded.image_input) is not None:
+        asked = asked.fitted((224, 224))
+        assert asked.size is not None
+        return asked(torch.zeros(1, asked.channels, *asked.size, dtype=torch.uint8))
     return None
 
 
@@ -241,7 +246,9 @@ def _show(facts: dict[str, Any], changes: Changes, out: Path | None) -> None:
     if "columns" in facts:
         lines["columns"] = ", ".join(facts["columns"])
     if out is not None:
-        lines["written"] = f"{out}: neuropil.models.load({str(out)!r})"
+        alone = (out / "config.json").is_file()  # else the folder does not say what network its weights are of
+        call = f"load({str(out)!r})" if alone else f"load_packed({str(out)!r}, into=...)"
+        lines["written"] = f"{out}: neuropil.models.{call}"
     output.pairs(lines)
 
 

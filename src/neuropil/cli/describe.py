@@ -35,7 +35,7 @@ SHOWN = 12
     "neuropil describe ./my-vit ./photos --captioner mine --encoder ./my-resnet",
 )
 def describe(
-    model: Annotated[str, typer.Argument(help="A vision model: a Hugging Face folder or name.")],
+    model: Annotated[str, typer.Argument(help="A vision model: a Hugging Face folder or name, or FILE.py:NAME.")],
     images: Annotated[
         str | None,
         typer.Argument(

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
-import re
 import warnings
 from enum import StrEnum
 from pathlib import Path
@@ -12,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from neuropil.cli import output
-from neuropil.cli.app import MODEL, AsJson, command
+from neuropil.cli.app import ANY_MODEL, MODEL, AsJson, command
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -40,12 +38,7 @@ class Palette(StrEnum):
     "neuropil diagram net.py:Net --input int:1,8 --names 'batch word'      in sentences",
 )
 def diagram(
-    model: Annotated[
-        str,
-        typer.Argument(
-            metavar=MODEL, help="smollm2, a GGUF file, a Hugging Face folder or hub name, or FILE.py:NAME (it is run)."
-        ),
-    ] = "smollm2",
+    model: Annotated[str, typer.Argument(metavar=MODEL, help=ANY_MODEL)] = "smollm2",
     out: Annotated[
         Path | None,
         typer.Option(
@@ -85,9 +78,11 @@ def diagram(
     if out is not None and out.suffix not in SUFFIXES:
         raise typer.BadParameter(f"{out}; expected a name that ends in {', '.join(SUFFIXES)}.", param_hint="--out")
     inputs = tuple(_tensor(text) for text in shape or [])
+    from neuropil.interpret.diagrams import circuit_diagram
+
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
-        circuit = _circuit(model, inputs, names)
+        circuit = circuit_diagram(model, inputs or None, names=names)
     for message in dict.fromkeys(str(one.message) for one in said if "opaque box" in str(one.message)):
         output.note(message, style="yellow")
     options: dict[str, Any] = {"depth": depth, "fold": fold}
@@ -102,35 +97,6 @@ def diagram(
     else:
         output.say(f"wrote {out}")
     output.say(str(circuit.cost()))
-
-
-def _circuit(model: str, inputs: tuple[Tensor, ...], names: list[str] | None) -> Circuit:
-    from neuropil.interpret.diagrams import circuit_diagram
-
-    source: Any = model
-    if re.search(r"\.py:[A-Za-z_]\w*$", model):
-        source = _from_file(*model.rsplit(":", 1))
-    return circuit_diagram(source, inputs or None, names=names)
-
-
-def _from_file(path: str, name: str) -> Any:
-    """What a Python file calls `name`: a module, or a class or function that makes one without arguments."""
-    from torch import nn
-
-    if not Path(path).is_file():
-        raise typer.BadParameter(f"there is no file {path}.", param_hint=MODEL)
-    spec = importlib.util.spec_from_file_location(Path(path).stem, path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    found = getattr(module, name, None)
-    if found is None:
-        raise typer.BadParameter(f"{path} has no {name}.", param_hint=MODEL)
-    made = found if isinstance(found, nn.Module) else found()
-    if not isinstance(made, nn.Module):
-        raise typer.BadParameter(f"{name} gives {type(made).__name__}, not a torch.nn.Module.", param_hint=MODEL)
-    return made
 
 
 def _tensor(text: str) -> Tensor:

@@ -43,7 +43,8 @@ class RunRequest(BaseModel):
 def build(path: Path, model: Any, hosts: list[str] | None) -> FastAPI:
     """Put the application together; see `neuropil.explorer.create_app`."""
     facts = Facts(path)
-    live = Live(model if model is not None else _source(facts), facts.told("fingerprint"))
+    source, why = (model, "") if model is not None else _source(facts)
+    live = Live(source, facts.told("fingerprint"), why)
     templates = Jinja2Templates(HERE / "templates")  # autoescape is on for .html
     templates.env.filters.update(number=words.number, shown=words.shown)
     templates.env.globals.update(
@@ -78,10 +79,18 @@ def build(path: Path, model: Any, hosts: list[str] | None) -> FastAPI:
     return app
 
 
-def _source(facts: Facts) -> str | None:
-    """The model the atlas was made of: its folder if that is still there, else its name."""
-    path = facts.told("path")
-    return path if path and Path(path).exists() else facts.told("name", "model") or None
+def _source(facts: Facts) -> tuple[str | None, str]:
+    """The model the atlas was made of, and why there is none: its folder if that is still there, else its name."""
+    from neuropil.models import files
+
+    source, path = (facts.told(name) for name in ("source", "path"))
+    if files.split(source) is not None:
+        # Whoever opens an atlas that comes from elsewhere does not run a file that is named in it.
+        why = f"the atlas is of {source}, and no atlas was made of such a file here; to run it, give --model {source}"
+        return (source, "") if files.trusted(source) else (None, why)
+    if path and Path(path).exists():
+        return path, ""
+    return facts.told("name", "model") or None, "this atlas does not say which model it was made of"
 
 
 def _errors(app: FastAPI, page: Any) -> None:

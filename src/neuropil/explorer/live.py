@@ -57,10 +57,11 @@ class Live:
     Args:
         source: what `neuropil.models.load` takes, a loaded `Model`, or None where there is none.
         fingerprint: that of the model the atlas was made of, to notice another one.
+        why: what to say where there is no source.
     """
 
-    def __init__(self, source: Any, fingerprint: str = "") -> None:
-        self._source, self._fingerprint = source, fingerprint
+    def __init__(self, source: Any, fingerprint: str = "", why: str = "there is no model") -> None:
+        self._source, self._fingerprint, self._why = source, fingerprint, why
         self._lock = threading.Lock()  # one forward pass at a time: hooks are the model's, not a caller's
         self._starting = threading.Lock()
         self._model: Any = None
@@ -102,7 +103,7 @@ class Live:
 
     def _open(self) -> None:
         if self._source is None:
-            raise NotReady("this atlas does not say which model it was made of")
+            raise NotReady(self._why)
         if hasattr(self._source, "module") and hasattr(self._source, "rows"):
             self._model = self._source
         else:

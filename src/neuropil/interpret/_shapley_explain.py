@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -34,7 +35,7 @@ class Explanation:
     scale: str
 
 
-def explain(workflow: ShapleyWorkflow) -> dict[str, Any]:
+def explain(workflow: ShapleyWorkflow, progress: Callable[[str, int, int], None]) -> dict[str, Any]:
     """All tables and explanations, by the attribute of the workflow that holds them."""
     pandas = require("pandas")
     rng = np.random.default_rng(workflow._seed)
@@ -44,9 +45,11 @@ def explain(workflow: ShapleyWorkflow) -> dict[str, Any]:
     columns: list[dict[str, Any]] = []
     merged: list[dict[str, Any]] = []
     agreement: list[dict[str, Any]] = []
+    steps = len(cohorts) * len(workflow.fitted_)
     for cohort, (X, y) in cohorts.items():
         rows = drawn(X, workflow.explain_rows, rng)
         for name, trained in workflow.fitted_.items():
+            progress("explanation", len(explanations), steps)
             found = explanation(workflow, trained, rows, background)
             explanations[name, cohort] = found
             drops = permuted(workflow, trained, X, y)
@@ -54,6 +57,7 @@ def explain(workflow: ShapleyWorkflow) -> dict[str, Any]:
             columns += [{"model": name, "cohort": cohort, **row} for row in table]
             merged += [{"model": name, "cohort": cohort, **row} for row in aspect_importances(found)]
             agreement += [{"model": name, "cohort": cohort, **row} for row in agreements(found, table)]
+    progress("explanation", steps, steps)
     return {
         "explanations_": explanations,
         "importances_": pandas.DataFrame(columns),

@@ -15,7 +15,6 @@ from scipy.cluster.hierarchy import dendrogram
 from scipy.stats import rankdata
 
 from neuropil.interpret._shapley_explain import Explanation
-from neuropil.interpret._shapley_values import require
 
 if TYPE_CHECKING:
     from neuropil.interpret.shapley import ShapleyWorkflow
@@ -252,11 +251,3 @@ def _bars(panel: Axes, merges: Any, metric: str) -> None:
     panel.set_yticks(places, [f"|r| {r:.2f}  {n}" for r, n in zip(merges["correlation"], names, strict=True)])
     panel.tick_params(labelsize="small")
     panel.set(xlabel=f"drop of {metric}", title="Merged columns, shuffled together")
-
-
-def read_csv(path: Path, target: str) -> tuple[Any, Any]:
-    """A CSV file's table and its target column. Raises ValueError where there is no such column."""
-    frame = require("pandas").read_csv(path)
-    if target not in frame.columns:
-        raise ValueError(f"{path} has no column {target!r}; it has {list(frame.columns)}")
-    return frame.drop(columns=target), frame[target].to_numpy()

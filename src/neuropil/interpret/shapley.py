@@ -21,10 +21,10 @@ True
 >>> sorted(workflow.agreement_["against"].unique())
 ['natural', 'permutation']
 
-`workflow.report("out/")` writes every table as CSV, the figures and a page; `python -m
-neuropil.interpret.shapley_command train.csv --target dx --external aibl.csv oasis.csv` does all of it from files. Each
-step can be used alone: `shapley` (any function or torch module), `aspects`, `forward_selection`,
-`permutation_importance`, `importance_agreement`, `corrected_t_test`, `mcnemar`, `delong`.
+`workflow.report("out/")` writes every table as CSV, the figures and a page; `neuropil shapley train.csv --target dx
+--external aibl.csv` does all of it from files. Each step can be used alone: `shapley` (any function or torch module),
+`aspects`, `forward_selection`, `permutation_importance`, `importance_agreement`, `corrected_t_test`, `mcnemar`,
+`delong`.
 
 Scores here are of rows that no choice has seen: filling of gaps, scaling, selection and tuning are repeated within each
 training part. A selection made once on all rows and then cross-validated would flatter itself (on 500 columns of noise
@@ -48,7 +48,7 @@ Values: Lundberg and Lee 2017 (KernelSHAP, arXiv:1705.07874), Strumbelj and Kono
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -112,11 +112,16 @@ __all__ = [
     "shapley",
 ]
 
+Progress = Callable[[str, int, int], None]
 OUTPUTS = ("margin", "probability")
 # What evaluate and explain add.
 LATER = (
     "evaluation_", "tests_", "explanations_", "importances_", "aspect_importances_", "agreement_", "ranks_", "merges_",
 )  # fmt: skip
+
+
+def _silent(what: str, done: int, of: int) -> None:
+    """The progress of which nothing is said."""
 
 
 class ShapleyWorkflow(BaseEstimator):
@@ -192,10 +197,11 @@ class ShapleyWorkflow(BaseEstimator):
 
     # --- fitting ------------------------------------------------------------------------------------------------
 
-    def fit(self, X: Any, y: Any, groups: Any = None) -> ShapleyWorkflow:
+    def fit(self, X: Any, y: Any, groups: Any = None, progress: Progress | None = None) -> ShapleyWorkflow:
         """Nested cross-validation of every model, then each fitted on all rows of `X` `[n, m]`, an array or DataFrame.
 
-        Rows of one of `groups` (visits of one subject) are never in two parts. Raises ValueError for bad settings and
+        Rows of one of `groups` (visits of one subject) are never in two parts. `progress` is called with what is being
+        done, how many of its steps are, and of how many. Raises ValueError for bad settings and
         targets, MissingExtra where pandas or XGBoost is not installed.
         """
         specs = self._check()
@@ -208,8 +214,7 @@ class ShapleyWorkflow(BaseEstimator):
         subjects = None if groups is None else np.unique(column_or_1d(groups), return_inverse=True)[1]
         self._seed = int(check_random_state(self.random_state).randint(2**31 - 1))
         self._trainer = self._make_trainer(specs, subjects)
-        self._nested()
-        self.fitted_ = self._trainer.train(np.arange(len(self._codes)), self._seed)
+        self.fitted_ = self._nested(progress or _silent)
         self.aspects_ = aspects(
             self._codes, self.h, self.encoder_.columns_, np.flatnonzero(self.encoder_.nominal_).tolist()
         )
@@ -276,14 +281,17 @@ class ShapleyWorkflow(BaseEstimator):
             inner_cv=self.inner_cv,
         )
 
-    def _nested(self) -> None:
+    def _nested(self, progress: Progress) -> dict[str, Trained]:
+        """The tables of nested cross-validation, and every model fitted on all rows."""
         pandas, specs = require("pandas"), self._trainer.specs
         everything = np.arange(len(self._codes))
         rows: list[dict[str, Any]] = []
         chosen = {name: np.zeros(self._codes.shape[1]) for name in specs}
         for repeat in range(self.repeats):
             splits = self._trainer.splits(everything, self.cv, (self._seed + repeat) % 2**31)
+            steps = self.repeats * len(splits) + 1
             for fold, (train, test) in enumerate(splits):
+                progress("selection, tuning and comparison", repeat * len(splits) + fold, steps)
                 fitted = self._trainer.train(train, (self._seed + repeat * self.cv + fold) % 2**31)
                 for name, trained in fitted.items():
                     chosen[name][list(trained.columns)] += 1
@@ -295,7 +303,14 @@ class ShapleyWorkflow(BaseEstimator):
         self.selected_ = pandas.DataFrame(
             {name: counts / runs for name, counts in chosen.items()}, index=list(self.encoder_.columns_)
         )
-        self.comparisons_ = pandas.DataFrame([self._compared(a, b) for a, b in itertools.combinations(specs, 2)])
+        self.comparisons_ = pandas.DataFrame(
+            [self._compared(a, b) for a, b in itertools.combinations(specs, 2)],
+            columns=["model", "other", "difference", "p"],
+        )
+        progress("selection, tuning and comparison", steps - 1, steps)
+        fitted = self._trainer.train(everything, self._seed)
+        progress("selection, tuning and comparison", steps, steps)
+        return fitted
 
     def _compared(self, a: str, b: str) -> dict[str, Any]:
         one, other = (self.scores_[self.scores_["model"] == name] for name in (a, b))
@@ -416,13 +431,13 @@ class ShapleyWorkflow(BaseEstimator):
         p = delong(y, *(model.probability(rows) for model, rows in inputs)) if binary else float("nan")
         return {"cohort": cohort, "model": a, "other": b, "mcnemar_p": mcnemar(y, *labels), "delong_p": p}
 
-    def explain(self) -> ShapleyWorkflow:
+    def explain(self, progress: Progress | None = None) -> ShapleyWorkflow:
         """Shapley values of every model on the cohorts that were evaluated (on training rows if there are none), of
         columns and of aspects, beside other importances, with their agreement."""
         check_is_fitted(self)
         from neuropil.interpret._shapley_explain import explain
 
-        for name, table in explain(self).items():
+        for name, table in explain(self, progress or _silent).items():
             setattr(self, name, table)
         return self
 

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from neuropil.errors import MissingAsset, ModelError
-from neuropil.models import assets, gguf, packed_files, skeleton
+from neuropil.models import assets, files, gguf, packed_files, skeleton
 from neuropil.models.model import Model
 from neuropil.models.pictures import ImageInput
 from neuropil.models.stores import AGAIN, InMemory, Safetensors, Store, TorchFiles
@@ -22,7 +22,7 @@ from neuropil.packed import plain_twin
 _NO_CONTENT = ("_name_or_path", "transformers_version", "dtype", "torch_dtype", "use_cache")
 _FORMATS = (
     "a GGUF file, a Hugging Face folder (config.json with safetensors, pytorch_model.bin or packed weights), "
-    "or a hub name"
+    "a hub name, or FILE.py:NAME (a module that the file makes)"
 )
 
 
@@ -33,8 +33,13 @@ def load(source: str | os.PathLike[str] | nn.Module, tokenizer: Any = None) -> M
     hub name is looked up in the local Hugging Face cache first and downloaded only if it is not there and
     the network is allowed.
 
+    "FILE.py:NAME" runs that Python file, and takes what it calls NAME: a module, a `Model` (which this function
+    gave, with an `image_input` perhaps), or a class or function that makes one without arguments. It is the only
+    source of which code is run. See `neuropil.models.files`.
+
     Raises MissingAsset for a model that is not on this machine, ModelError for one that is corrupt,
-    truncated, quantised in a way that has no plain weights, or of an unknown format.
+    truncated, quantised in a way that has no plain weights, or of an unknown format, and for a file that fails or makes
+    no model.
 
     >>> import torch
     >>> net = torch.nn.Sequential(torch.nn.Linear(3, 5), torch.nn.ReLU(), torch.nn.Linear(5, 2))
@@ -54,6 +59,10 @@ def load(source: str | os.PathLike[str] | nn.Module, tokenizer: Any = None) -> M
         return _folder(path, name, tokenizer)
     if path.is_file():
         return _file(path, name, tokenizer)
+    if (parts := files.split(name)) is not None:
+        return _made(name, *parts, tokenizer)
+    if re.search(r"\.py(:[^/\\]*)?$", name):
+        raise ModelError(f"{name}: expected FILE.py:NAME, NAME being what the file calls a module or what makes one")
     if re.fullmatch(r"[\w][\w.-]*(/[\w.-]+)?", name) and path.suffix not in (".gguf", ".safetensors", ".bin"):
         return _folder(_from_hub(name), name, tokenizer)
     raise ModelError(f"{name}: there is no such file or folder; expected 'smollm2', 'efficientnet-lite0', {_FORMATS}")
@@ -66,6 +75,16 @@ def _in_memory(module: nn.Module, tokenizer: Any) -> Model:
     store = InMemory(module)
     bare = plain_twin(module) if store.packings else module
     return Model(name, bare, store, None, identity=identity, tokenizer=lambda: tokenizer, whole=lambda *_: module)
+
+
+def _made(source: str, path: Path, name: str, tokenizer: Any) -> Model:
+    """What a Python file makes; called by its name there."""
+    found = files.made(path, name)
+    model = _in_memory(found, tokenizer) if isinstance(found, nn.Module) else copy.copy(found)
+    if tokenizer is not None:
+        model.tokenizer = tokenizer
+    model.name, model.source = name, source
+    return model
 
 
 def _efficientnet(name: str) -> Model:
@@ -94,6 +113,8 @@ def _file(path: Path, name: str, tokenizer: Any) -> Model:
         return _gguf(path, name, tokenizer)
     if path.name in ("config.json", "model.safetensors", "model.safetensors.index.json", "pytorch_model.bin"):
         return _folder(path.parent, name, tokenizer)
+    if path.suffix == ".py":
+        raise ModelError(f"{name}: expected {name}:NAME, NAME being what the file calls a module or what makes one")
     raise ModelError(f"{name}: a file of unknown format; expected {_FORMATS}")
 
 

@@ -40,6 +40,7 @@ class Model:
     """A model whose weights are read one tensor at a time; made by `neuropil.models.load`.
 
     name, path          what was loaded (path None for a module in memory)
+    source              FILE.py:NAME where it was made so, else None
     config              its transformers config; None for a module without one
     sites               its layers of neurons (raises NoNeurons when there are none)
     architecture        name of its class, e.g. "LlamaForCausalLM"
@@ -62,6 +63,7 @@ class Model:
         whole: Callable[[Model, torch.dtype], nn.Module],
     ) -> None:
         self.name, self.path = name, path
+        self.source: str | None = None
         self.skeleton, self.store, self.reader = skeleton, store, reader
         self.config: Any = getattr(skeleton, "config", None)
         self.architecture = type(skeleton).__name__
@@ -211,10 +213,11 @@ class Model:
         """
         name = self._head_name
         if name is None:
+            pixels = "; of a network that is shown images, give some (--images)" if self.config is None else ""
             raise ModelError(
                 f"{self.name}: {self.architecture} has no language-model head, so its neurons cannot be "
                 "read as tokens; "
-                "use a checkpoint of the model with its head (…ForCausalLM or …ForMaskedLM)"
+                f"use a checkpoint of the model with its head (…ForCausalLM or …ForMaskedLM){pixels}"
             )
         held = self._head_weight(name)
         weight = self._finite(held, self.tensor(held))
@@ -288,7 +291,10 @@ class Model:
         if self.tokenizer is None and self.image_input is not None:
             return []
         if self.tokenizer is None:
-            raise ModelError(f"{self.name}: no tokenizer came with the model; give one: load(module, tokenizer=...)")
+            mended = "give one: load(module, tokenizer=...)"
+            if self.source is not None:
+                mended = f"let {self.source} give load(module, tokenizer=...)"
+            raise ModelError(f"{self.name}: no tokenizer came with the model; {mended}")
         if self._head_name is None:
             return list(self._texts)
         weight: Tensor = self.skeleton.state_dict()[self._head_weight(self._head_name)]
