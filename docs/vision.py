@@ -139,6 +139,7 @@ def scatter(atlas: Atlas, layers: list[dict]) -> Figure:
         axes.plot(selectivity[own], loss[own], mark, ms=5, alpha=0.75, label=row["module"])
     axes.axhline(0, color="0.6", lw=0.8)
     axes.set_yscale("symlog", linthresh=0.003)
+    axes.set_ylim(1.5 * min(loss.min(), -0.003), 2 * loss.max())
     axes.set(xlabel="selectivity (0: all classes alike, 1: one class alone)", ylabel="loss without the neuron (nats)")
     axes.legend(title="layer", frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
     axes.spines[["top", "right"]].set_visible(False)
@@ -161,8 +162,9 @@ def exemplars(atlas: Atlas, each: int, every: int = 1) -> Figure:
             panel.imshow((picture * lit).repeat(3 // picture.shape[2], 2), vmin=0, vmax=1)
             panel.set_xticks([])
             panel.set_yticks([])
-        told = [row.get("preferred_class"), row.get("description")]
-        name = "\n".join([f"{row['neuron']}  {row['module']}", *(text for text in told if text)])
+        name = f"{row['neuron']}  {row['module']}"
+        name += f"\nprefers {row['preferred_class']}" if row.get("preferred_class") else ""
+        name += f"\n“{row['description']}”" if row.get("description") else ""
         line[0].set_ylabel(name, rotation=0, ha="right", va="center", fontsize="small")
     return figure
 
