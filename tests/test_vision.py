@@ -17,7 +17,7 @@ from neuropil.cli import app
 from neuropil.data import Probe, image_set
 from neuropil.errors import AtlasError, MissingAsset, ModelError
 from neuropil.models import ImageInput, assets, load
-from neuropil.neurons import activation, capture, capture_inputs, clamp
+from neuropil.neurons import activation, capture, capture_inputs, clamp, find_sites
 from neuropil.vision import Ablation, Activity, Exemplars, digits, logits, selectivity
 
 
@@ -313,6 +313,28 @@ def test_the_border_that_pads_a_feature_map_is_no_activation() -> None:
         h = net.a(x).relu()
         h[:, 2] = 5.0
         torch.testing.assert_close(held, net.p(net.d(net.pad(h)).relu()))
+
+
+def test_a_border_under_a_pool_is_part_of_the_formula() -> None:
+    class Stem(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Conv2d(3, 4, 3, padding=1), nn.Conv2d(4, 2, 1)
+            self.pad, self.pool, self.relu = nn.ZeroPad2d(1), nn.MaxPool2d(3, 2), nn.ReLU()
+
+        def forward(self, x: Tensor) -> Tensor:
+            out: Tensor = self.b(self.relu(self.pool(self.pad(self.a(x)))))
+            return out
+
+    net = Stem().eval()
+    [site] = find_sites(net)
+    x = torch.rand(1, 3, 8, 8)
+    with torch.no_grad(), capture(net) as seen, capture_inputs(net, [site]) as read:
+        net(x)
+        wanted = net.relu(net.pool(net.pad(net.a(x))))
+    again = activation(site, read[site.name], dict(net.named_parameters()).__getitem__)
+    torch.testing.assert_close(again.reshape(seen[site.name].shape), seen[site.name])
+    torch.testing.assert_close(seen[site.name], wanted)
 
 
 def test_a_network_of_linear_maps_is_shown_images_if_told_so(tmp_path: Path) -> None:

@@ -299,9 +299,12 @@ class Trace(TorchDispatchMode):
                 Stream(s.op, i[k], s.nonlinear, s.gate, s.bends) for s, i in zip(source.streams, indices, strict=True)
             ]
             self.mark(o, Value(streams, source.foreign, source.scale))
-            self.steps[self.values[id(o)].node] = source.node
+            node = self.values[id(o)].node
+            self.steps[node] = source.node
             if func is aten.constant_pad_nd.default and any(args[1]):
-                self.bordered.add(self.values[id(o)].node)
+                self.bordered.add(node)
+                if all(self.ops[s.op].kind == "conv" for s in streams):  # a pool that follows counts the border
+                    self.keep(func, args, kwargs, o)
 
     def reduce(self, func: Any, name: str, args: Any, kwargs: Any, outs: list[Tensor]) -> None:
         source = self.value(args[0])
