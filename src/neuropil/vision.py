@@ -88,8 +88,9 @@ def prepared(model: Model, images: Probe) -> ImageInput:
 def inputs(model: Model, images: Probe, pixels: int = 1 << 20) -> list[Float[Tensor, "_ ..."]]:
     """What the model is given for these images, in batches of so many pixels (of one image at least).
 
-    >>> net = nn.Sequential(nn.Conv2d(1, 2, 3), nn.ReLU(), nn.Flatten(), nn.Linear(72, 2))
     >>> from neuropil.data import probe
+    >>> from neuropil.models import load
+    >>> net = nn.Sequential(nn.Conv2d(1, 2, 3), nn.ReLU(), nn.Flatten(), nn.Linear(72, 2))
     >>> [len(x) for x in inputs(load(net), probe("digits", 1, (8, 8), limit=50), pixels=20 * 64)]
     [20, 20, 10]
     """

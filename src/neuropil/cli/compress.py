@@ -275,9 +275,11 @@ def _seen(loaded: Model, test: Probe, about: dict[str, Any], before: Any, after:
         facts |= {"agreement": found.agreement, "kl": found.kl}
     if found.accuracy is not None:
         facts["accuracy_before"], facts["accuracy_after"] = found.accuracy
-    for name, net in (("before", before), ("after", after)):
-        facts[f"images_per_second_{name}"] = image_rate(net, batches[0])
-    return facts
+    rates = {"before": 0.0, "after": 0.0}
+    for _ in range(3):  # in turn, so that what else the machine does falls on both
+        for name, net in (("before", before), ("after", after)):
+            rates[name] = max(rates[name], image_rate(net, batches[0], repeats=2))
+    return facts | {f"images_per_second_{name}": rate for name, rate in rates.items()}
 
 
 def _read(test: list[Any], before: Any, after: Any) -> dict[str, Any]:
