@@ -67,6 +67,61 @@ def test_the_real_model_reads_real_text() -> None:
     assert evaluate.perplexity(model.module(), shuffled).value > 10 * found.value
 
 
+def fixed(rows: list[list[float]]) -> nn.Module:
+    """A model that gives to an image of one pixel, which is the image's number, the scores of that row."""
+    net = nn.Embedding.from_pretrained(torch.tensor(rows))
+    return nn.Sequential(Number(), net)
+
+
+class Number(nn.Module):
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return images.flatten().long()
+
+
+def test_likeness_is_the_closed_form() -> None:
+    third = 1 / 3
+    before = fixed([[0.0, math.log(2)], [0.0, math.log(2)], [math.log(2), 0.0]]).train()
+    after = fixed([[0.0, math.log(2)], [math.log(2), 0.0], [0.0, 0.0]])
+    batches = list(torch.arange(3.0).view(3, 1, 1, 1).split(2))
+    found = evaluate.likeness(before, after, batches, torch.tensor([1, 1, 0]), classes=2)
+    assert found.images == 3
+    assert found.agreement == pytest.approx(2 / 3)  # of the third, the first of two equal scores is the top
+    # the second image's probabilities change places, the third's become even
+    swapped = third * math.log(third / (2 * third)) + 2 * third * math.log(2 * third / third)
+    evened = third * math.log(2 * third) + 2 * third * math.log(4 * third)
+    assert found.kl == pytest.approx((swapped + evened) / 3, abs=1e-6)
+    assert found.error == pytest.approx(1.0)  # squared errors 0, 2 a and a, of lengths a, a and a
+    assert found.cosine == pytest.approx(1 / 3, abs=1e-6)
+    assert found.accuracy == pytest.approx((1.0, 2 / 3))
+    assert before.training
+    same = evaluate.likeness(before, before, batches, torch.tensor([1, 1, 0]), classes=2)
+    assert (same.agreement, same.kl, same.error, same.accuracy) == (1.0, 0.0, 0.0, (1.0, 1.0))
+
+
+def test_accuracy_is_not_guessed_and_features_are_no_classes() -> None:
+    net = fixed([[0.0, 1.0, 2.0], [2.0, 1.0, 0.0]])
+    images = torch.arange(2.0).view(2, 1, 1, 1)
+    assert evaluate.likeness(net, net, [images], torch.tensor([0, 1]), classes=2).accuracy is None
+    maps = nn.Conv2d(1, 2, 1, bias=False)
+    twice = nn.Conv2d(1, 2, 1, bias=False)
+    twice.weight.data = 2 * maps.weight.data
+    found = evaluate.likeness(maps, twice, [torch.rand(3, 1, 4, 4)])
+    assert (found.agreement, found.kl, found.accuracy) == (None, None, None)
+    assert found.error == pytest.approx(1.0)
+    assert found.cosine == pytest.approx(1.0)
+
+
+def test_likeness_says_what_cannot_be_compared() -> None:
+    one, other = fixed([[0.0, 1.0]]), fixed([[0.0, 1.0, 2.0]])
+    image = torch.zeros(1, 1, 1, 1)
+    with pytest.raises(ModelError, match=r"\[1, 3\] where the original does \[1, 2\]"):
+        evaluate.likeness(one, other, [image])
+    with pytest.raises(ModelError, match="NaN"):
+        evaluate.likeness(one, fixed([[0.0, math.nan]]), [image])
+    with pytest.raises(ValueError, match="no image"):
+        evaluate.likeness(one, one, [])
+
+
 def test_accuracy_and_rates() -> None:
     model = nn.Sequential(nn.Flatten(), nn.Linear(4, 2, bias=False))
     with torch.no_grad():

@@ -29,6 +29,7 @@ from torch import Tensor, nn
 
 from neuropil._taps import tapped
 from neuropil.errors import ModelError
+from neuropil.evaluate import scores
 from neuropil.neurons import Site
 
 if TYPE_CHECKING:
@@ -83,6 +84,20 @@ def prepared(model: Model, images: Probe) -> ImageInput:
             f"{list(images.pixels.shape[1:])}; make it with probe(..., channels=, size=)"
         )
     return found
+
+
+def inputs(model: Model, images: Probe, pixels: int = 1 << 20) -> list[Float[Tensor, "_ ..."]]:
+    """What the model is given for these images, in batches of so many pixels (of one image at least).
+
+    >>> from neuropil.data import probe
+    >>> from neuropil.models import load
+    >>> net = nn.Sequential(nn.Conv2d(1, 2, 3), nn.ReLU(), nn.Flatten(), nn.Linear(72, 2))
+    >>> [len(x) for x in inputs(load(net), probe("digits", 1, (8, 8), limit=50), pixels=20 * 64)]
+    [20, 20, 10]
+    """
+    high, wide = images.pixels.shape[2:]
+    run = _Prepared(model, images, max(1, pixels // (high * wide)))
+    return [x for _, x in run.batches()]
 
 
 # ------------------------------------------------------------------------------------------------ activity
@@ -401,9 +416,8 @@ def _known(values: Tensor) -> pa.Array:
 
 def logits(out: Any) -> Float[Tensor, "n classes"]:
     """The scores of classes in what a model gave. Raises ModelError where it gave none."""
-    found = getattr(out, "logits", out)
-    found = found[0] if isinstance(found, tuple) else found
-    if not isinstance(found, Tensor) or found.dim() != 2 or found.shape[1] < 2:
+    found = scores(out)
+    if found is None:
         raise ModelError("this model gives no scores of classes, so what it loses without a neuron cannot be measured")
     return found
 

@@ -43,6 +43,26 @@ def test_a_crop_is_that_part_of_the_photograph() -> None:
     assert probe("photos", 1, (16, 16), limit=5).pixels.shape[1:] == (1, 16, 16)
 
 
+def test_halves_share_no_image_and_no_photograph() -> None:
+    whole = probe("photos", 3, (8, 8))
+    halves = whole.halves()
+    assert sum(map(len, halves)) == len(whole)
+    one, other = ({name.split()[0] for name in half.names} for half in halves)
+    assert not one & other
+    assert one | other == {path.name for path in photographs()}
+    whole = probe("digits", 1, (8, 8), limit=50)
+    one, other = whole.halves()
+    assert one.names == whole.names[::2]
+    assert other.labels is not None
+    assert whole.labels is not None
+    assert torch.equal(other.labels, whole.labels[1::2])
+    assert torch.equal(other.pixels, whole.pixels[1::2])
+    with pytest.raises(ValueError, match="two at least"):
+        whole.part([3]).halves()
+    noise = Probe("noise", torch.zeros(4, 1, 2, 2, dtype=torch.uint8), ("noise",) * 4)
+    assert [len(half) for half in noise.halves()] == [2, 2], "images of one name are images of their own"
+
+
 def test_no_photographs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("neuropil.data.probes.package_dir", lambda _: None)
     with pytest.raises(MissingAsset, match="pip install scikit-learn scikit-image"):

@@ -140,3 +140,18 @@ def test_a_foreign_header_is_refused(folder: Path, key: str, value: str) -> None
     path.write_bytes(len(new).to_bytes(8, "little") + new + raw[8 + size :])
     with pytest.raises(ModelError, match=r"format|version|damaged"):
         load(folder)
+
+
+def test_depthwise_convolutions_of_fewer_channels_are_filled(tmp_path: Path) -> None:
+    """Pruning takes channels and their kernels together, so the groups are fewer too."""
+
+    def net(channels: int) -> nn.Sequential:
+        depthwise = nn.Conv2d(channels, 2 * channels, 3, groups=channels)
+        return nn.Sequential(nn.Conv2d(3, channels, 1), depthwise, nn.Conv2d(2 * channels, 4, 1))
+
+    torch.manual_seed(0)
+    small = net(5)
+    again = load_packed(save_packed(small, tmp_path / "small"), into=net(8))
+    x = torch.rand(2, 3, 6, 6)
+    assert torch.equal(again(x), small(x))
+    assert again[1].groups == 5

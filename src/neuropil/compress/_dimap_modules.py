@@ -162,9 +162,11 @@ def _preset(names: Sequence[str], modules: str) -> Callable[[str], Place]:
         return in_transformer
     if any(in_resnet(path)[0] != AUX for path in paths):
         return in_resnet
+    few = ", ".join(names[:3]) + (" …" if len(names) > 3 else "")
     raise ModulesError(
-        f"the functional modules of this model are not known; say which of its weights ({', '.join(names)}) belong "
-        "together: modules={pattern: module}, or granularity='layer' for each on its own"
+        f"the functional modules of this model are not known (those of transformers and ResNets are); say which of "
+        f"its {len(names)} weights ({few}) belong together: modules={{pattern: module}}, or granularity='layer' for "
+        "each on its own; magnitude pruning needs no modules"
     )
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import Any
 
+import pyarrow as pa
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -19,7 +20,7 @@ from neuropil.compress.coreinfer import core_neurons
 from neuropil.models import Model, load
 from neuropil.neurons import Site, find_sites
 
-Columns = Callable[[Site], dict[str, Float[Tensor, " width"]]]
+Columns = Callable[[Site], dict[str, Any]]
 
 
 def compression_columns(model: Model, compressed: nn.Module | Model, prefix: str) -> Columns:
@@ -68,7 +69,8 @@ def importance_columns(scores: dict[str, Float[Tensor, " width"]], share: float,
 def core_columns(model: nn.Module, texts: Iterable[Any], keep: float, prefix: str) -> Columns:
     """For `Atlas.add`: in what share of the texts each neuron is one of the core neurons (`{prefix}_share`).
 
-    `texts` are inputs of the model, each with its own core set (see `neuropil.compress.core_neurons`).
+    `texts` are inputs of the model (texts, images), each with its own core set (see `neuropil.compress.core_neurons`).
+    Where neurons cannot be left out (convolutions, experts) the column is empty.
     """
     counts: dict[str, Tensor] = {}
     number = 0
@@ -80,4 +82,9 @@ def core_columns(model: nn.Module, texts: Iterable[Any], keep: float, prefix: st
             counts.setdefault(name, torch.zeros(widths[name])).index_add_(0, kept, torch.ones(len(kept)))
     if not number:
         raise ValueError("core_columns(texts=...): there is no text; give at least one")
-    return lambda site: {f"{prefix}_share": counts[site.name] / number}
+
+    def columns(site: Site) -> dict[str, Any]:
+        count = counts.get(site.name)
+        return {f"{prefix}_share": pa.nulls(site.width, pa.float32()) if count is None else count / number}
+
+    return columns

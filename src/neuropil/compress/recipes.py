@@ -13,6 +13,7 @@ ValueError: uniform takes bits, group; it takes no sparsity
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
@@ -26,12 +27,14 @@ from neuropil.compress.dimap import dimap_prune
 from neuropil.compress.jlcm import learn_codebooks
 from neuropil.compress.nupes import nupes_quantize
 from neuropil.compress.quantize import learn_rounding, quantize_model
+from neuropil.compress.quantize.models import layers, weight_of
 from neuropil.compress.sparse import pack_sparse, prune_magnitude
 from neuropil.compress.structured import prune_neurons
 from neuropil.packed import is_packed
 
 STEPS = 300  # of learning, a layer
 SPARSITY = 0.5  # where none is given
+GROUPS = 8  # of rows that share a codebook
 
 
 @dataclass(frozen=True)
@@ -39,11 +42,12 @@ class Settings:
     """What a recipe may be given; None where it is left to the recipe."""
 
     bits: int | None = None
-    group: int | None = None  # weights that share a scale; None for one scale a channel
+    group: int | None = None  # weights that share a scale (see `_grouped`); None for one scale a channel
     sparsity: float | None = None
     calibration: Sequence[Any] | None = None  # batches the model takes
     example: Any = None  # one input
     skip: tuple[str, ...] = ()
+    progress: bool = False
 
 
 @dataclass(frozen=True)
@@ -61,6 +65,20 @@ def _granularity(settings: Settings) -> Any:
     return ("group", settings.group) if settings.group else "channel"
 
 
+def _grouped(model: nn.Module, fine: dict[str, Any], group: int | None) -> dict[str, Any]:
+    """These settings for every layer; of a convolution, groups of as many whole kernels as come to at most `group`.
+
+    (One kernel at least.) Kernels of all sizes and numbers stand in one network, so no group divides them all.
+    """
+    own: dict[str, Any] = {}
+    for name, module in model.named_modules(remove_duplicate=False) if group and group > 0 else ():
+        if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d):
+            kernel, kernels = math.prod(module.kernel_size), module.in_channels // module.groups
+            fitting = [n for n in range(1, kernels + 1) if kernels % n == 0 and n * kernel <= int(group or 0)]
+            own[name] = {**fine, "granularity": ("group", kernel * max(fitting, default=1))}
+    return {**own, "*": fine}
+
+
 def _uniform(model: nn.Module, settings: Settings) -> Changes:
     bits = 8 if settings.bits is None else settings.bits
     fine: dict[str, Any] = {"bits": bits, "granularity": _granularity(settings)}
@@ -71,19 +89,17 @@ def _uniform(model: nn.Module, settings: Settings) -> Changes:
     else:
         fine |= {"scheme": "symmetric"}
     fine |= {"observer": "mse"} if bits < 8 else {}
-    return quantize_model(model, fine, skip=settings.skip)
+    return quantize_model(model, _grouped(model, fine, settings.group), skip=settings.skip)
 
 
 def _ternary(model: nn.Module, settings: Settings) -> Changes:
-    return quantize_model(
-        model, {"bits": 2, "scheme": "ternary", "granularity": _granularity(settings)}, skip=settings.skip
-    )
+    fine = {"bits": 2, "scheme": "ternary", "granularity": _granularity(settings)}
+    return quantize_model(model, _grouped(model, fine, settings.group), skip=settings.skip)
 
 
 def _binary(model: nn.Module, settings: Settings) -> Changes:
-    return quantize_model(
-        model, {"bits": 1, "scheme": "binary", "granularity": _granularity(settings)}, skip=settings.skip
-    )
+    fine = {"bits": 1, "scheme": "binary", "granularity": _granularity(settings)}
+    return quantize_model(model, _grouped(model, fine, settings.group), skip=settings.skip)
 
 
 def _nupes(model: nn.Module, settings: Settings) -> Changes:
@@ -91,13 +107,17 @@ def _nupes(model: nn.Module, settings: Settings) -> Changes:
 
 
 def _jlcm(model: nn.Module, settings: Settings) -> Changes:
-    return learn_codebooks(model, 3 if settings.bits is None else settings.bits, skip=settings.skip)
+    found, _ = layers(model, settings.skip)  # a head of few classes has fewer rows than others have groups
+    few = {name: rows for name, module in found.items() if 0 < (rows := weight_of(module).shape[0]) < GROUPS}
+    bits = 3 if settings.bits is None else settings.bits
+    return learn_codebooks(model, bits, {**few, "*": GROUPS}, skip=settings.skip)
 
 
 def _adaround(model: nn.Module, settings: Settings) -> Changes:
     bits = 4 if settings.bits is None else settings.bits
-    recipe = {"bits": bits, "scheme": "symmetric", "granularity": _granularity(settings), "observer": "mse"}
-    return learn_rounding(model, recipe, settings.calibration or (), steps=STEPS, skip=settings.skip)
+    fine = {"bits": bits, "scheme": "symmetric", "granularity": _granularity(settings), "observer": "mse"}
+    recipe, data = _grouped(model, fine, settings.group), settings.calibration or ()
+    return learn_rounding(model, recipe, data, steps=STEPS, skip=settings.skip, progress=settings.progress)
 
 
 def _packed_zeros(pruned: Changes) -> Changes:
@@ -126,10 +146,13 @@ def _core(model: nn.Module, settings: Settings) -> Changes:
 
 
 def joined(batches: Sequence[Any]) -> Any:
-    """Windows of text of one length as one batch (shorter ones are left out), or the first batch of anything else."""
-    if all(isinstance(batch, Tensor) and batch.dim() == 2 for batch in batches):
-        longest = max(batch.shape[1] for batch in batches)
-        return torch.cat([batch for batch in batches if batch.shape[1] == longest])
+    """Windows of text of one length (shorter ones are left out) or images of one size as one batch.
+
+    Of anything else the first batch.
+    """
+    if all(isinstance(batch, Tensor) and batch.dim() > 1 for batch in batches):
+        largest = max(tuple(batch.shape[1:]) for batch in batches)
+        return torch.cat([batch for batch in batches if batch.shape[1:] == largest])
     return batches[0]
 
 
@@ -169,11 +192,12 @@ def compress(
     calibration: Iterable[Any] | None = None,
     example: Any = None,
     skip: Sequence[str] = (),
+    progress: bool = False,
 ) -> Changes:
     """A smaller copy of the model by one of `RECIPES`; the model itself is left as it is.
 
-    What a recipe does not take it refuses; what it is not given it has a default for. Save the result with
-    `neuropil.models.save_packed`.
+    What a recipe does not take it refuses; what it is not given it has a default for. `progress` shows a bar on stderr
+    where layers are learned from data. Save the result with `neuropil.models.save_packed`.
 
     Raises ValueError for an unknown method, a setting that the method does not take or that makes no sense, missing
     calibration data, NaN in weights, and a model that is compressed already.
@@ -182,7 +206,7 @@ def compress(
         raise ValueError(f"no method is called {method!r}; there are {', '.join(RECIPES)}")
     recipe = RECIPES[method]
     batches = None if calibration is None else list(calibration)
-    settings = Settings(bits, group, sparsity, batches, example, tuple(skip))
+    settings = Settings(bits, group, sparsity, batches, example, tuple(skip), progress)
     given = [f.name for f in fields(Settings)[:3] if getattr(settings, f.name) is not None]
     if foreign := [name for name in given if name not in recipe.takes]:
         takes = ", ".join(recipe.takes) or "no settings"

@@ -15,8 +15,9 @@ from __future__ import annotations
 
 import hashlib
 import io
-from collections.abc import Iterator
-from dataclasses import dataclass
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -50,6 +51,7 @@ PHOTOS = {
     ),
 }  # fmt: skip
 CROPS = (1.0, 0.6, 0.35)  # sides of the crops, as shares of a photograph's shorter side
+_CROP = re.compile(r" \d+x\d+\+\d+\+\d+$")  # what the name of a crop has after that of its photograph
 
 
 @dataclass(frozen=True)
@@ -79,6 +81,35 @@ class Probe:
     def settings(self) -> dict[str, Any]:
         """What an atlas remembers of the images its columns come from."""
         return {"images": self.name, "count": len(self), "size": list(self.pixels.shape[1:]), "digest": self.digest}
+
+    def part(self, chosen: Sequence[int]) -> Probe:
+        """Some of the images, by their places."""
+        chosen = list(chosen)
+        labels = None if self.labels is None else self.labels[chosen]
+        return replace(self, pixels=self.pixels[chosen], names=tuple(self.names[i] for i in chosen), labels=labels)
+
+    def halves(self) -> tuple[Probe, Probe]:
+        """Every other image, and the rest; of crops, every other photograph, since those of one show the same things.
+
+        Raises ValueError for fewer than two images (photographs).
+
+        >>> one, other = probe("digits", 1, (8, 8), limit=20).halves()
+        >>> len(one), len(other), set(one.names) & set(other.names)
+        (10, 10, set())
+        """
+        numbers: dict[Any, int] = {}
+        for i, name in enumerate(self.names):
+            numbers.setdefault(self._source(i, name), len(numbers))
+        if len(numbers) < 2:
+            raise ValueError(f"{self.name}: {len(self)} images of one source cannot be halved; give two at least")
+        odd = [numbers[self._source(i, name)] % 2 for i, name in enumerate(self.names)]
+        return tuple(self.part([i for i, side in enumerate(odd) if side == wanted]) for wanted in (0, 1))  # type: ignore[return-value]
+
+    @staticmethod
+    def _source(place: int, name: str) -> Any:
+        """What an image is cut out of: its photograph, or nothing but itself."""
+        cut = _CROP.sub("", name)
+        return place if cut == name else cut
 
     def save(self, folder: Path) -> None:
         """The images into an atlas, as PNG in one Parquet file, for showing: at most 128 pixels a side."""

@@ -190,6 +190,12 @@ def _folder(path: Path, name: str, tokenizer: Any) -> Model:
         files = sorted(path.glob("*.gguf"))
         if len(files) == 1:
             return _gguf(files[0], name, tokenizer)
+        if packed_files.is_packed_folder(path):
+            source = packed_files.about_packed(path).get("source", "the model it was made from")
+            raise ModelError(
+                f"{name}: packed weights without a config.json, which do not say what module they are of; give one: "
+                f"neuropil.models.load_packed({name!r}, into=...), a module as {source} is"
+            )
         raise ModelError(f"{name}: the folder has no config.json and not exactly one GGUF file; expected {_FORMATS}")
     config, settings = _config(path)
     if (quantised := settings.get("quantization_config")) is not None:

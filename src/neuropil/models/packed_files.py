@@ -214,6 +214,8 @@ def _count(module: nn.Module, shape: tuple[int, ...]) -> None:
     if isinstance(module, nn.Linear):
         module.out_features, module.in_features = shape
     elif isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d):
+        if module.groups == module.in_channels and shape[1] == 1:  # each channel has kernels of its own
+            module.groups = shape[0] * module.groups // module.out_channels
         module.out_channels, module.in_channels = shape[0], shape[1] * module.groups
     elif isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d):
         module.num_features = shape[0]

@@ -145,6 +145,7 @@ def learn_rounding(
     rounded_inputs: bool = True,
     skip: Iterable[str] = (),
     seed: int = 0,
+    progress: bool = False,
 ) -> Changes:
     """A copy of the model, its weights packed, each rounded so that the outputs of its layer stay what they were.
 
@@ -158,6 +159,7 @@ def learn_rounding(
     loss: of the model's answer; if given, a block's errors are weighted by its gradient there (BRECQ's Fisher matrix).
     steps, batch, lr, strength: of each layer or block; the defaults are AdaRound's. `strength` is its lambda.
     rounded_inputs: whether a layer learns on what the rounded layers before it give (else on the plain inputs).
+    progress: whether to show on stderr how many layers or blocks are done.
 
     A layer of its own whose output a ReLU alone reads is judged after that ReLU. Where what was learned is worse on the
     batches than rounding to the nearest, the latter is kept. Embeddings are rounded to the nearest; tied weights and
@@ -175,7 +177,8 @@ def learn_rounding(
     for name in [name for name in units if name not in ran]:
         for layer in units.pop(name):
             left[layer] = "it did not run on the first batch"
-    for seen in walk(model, list(units), batches, inputs_from=work if rounded_inputs else None):
+    walked = walk(model, list(units), batches, inputs_from=work if rounded_inputs else None)
+    for seen in _shown(walked, len(units), progress):
         block, made = work.get_submodule(seen.name), {}
         for name in units[seen.name]:
             made[name] = _parametrized(work.get_submodule(name), *todo[name], METHODS[method])
@@ -188,6 +191,14 @@ def learn_rounding(
         _learn(made.values(), extra, run, weighted, error, steps, batch, lr, strength, seed)
     baked = bake(work)
     return Changes(baked.model, baked.changed, {**left, **baked.left})
+
+
+def _shown(walked: Iterable[Seen], total: int, progress: bool) -> Iterable[Seen]:
+    """The same, with a bar of how far it is."""
+    from rich.console import Console
+    from rich.progress import track
+
+    return track(walked, "rounding", total, console=Console(stderr=True), disable=not progress)
 
 
 def _layers(
