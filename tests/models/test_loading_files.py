@@ -202,7 +202,7 @@ def test_commands_take_it(nets: Path, tmp_path: Path) -> None:
     small = tmp_path / "small"
     done = run("compress", "mine/nets.py:shaped", "--method", "uniform", "--bits", 8, "--out", small)
     assert done.exit_code == 0, done.stderr
-    assert f"load_packed({str(small)!r}, into=...)" in done.stdout
+    assert f"load_packed({str(small)!r}, into=neuropil.models.load('mine/nets.py:shaped').module())" in done.stdout
     done = run("compress", "mine/nets.py:shaped", "--method", "neurons", "--sparsity", 0.5, "--json")
     assert json.loads(done.stdout)["changed"] > 0, done.stderr
     done = run("diagram", "mine/nets.py:shaped", "--input", "1,1,8,8", "--json")
