@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
@@ -233,17 +233,15 @@ class Exemplars:
     One pass over the images serves as many sites as keep 2^26 numbers.
     """
 
-    def __init__(self, model: Model, images: Probe, k: int = 15, batch_size: int = 16) -> None:
-        self._run, self.k = _Prepared(model, images, batch_size), min(k, len(images))
-        self.settings = {**images.settings, "k": self.k, "quantile": 0.99, "side": SIDE}
+    def __init__(self, model: Model, images: Probe, k: int = 15, batch_size: int = 16, quantile: float = 0.99) -> None:
+        self._run, self.k, self.quantile = _Prepared(model, images, batch_size), min(k, len(images)), quantile
+        self.settings = {**images.settings, "k": self.k, "quantile": quantile, "side": SIDE}
         self._places: dict[str, int] = {}
         self._kept: dict[str, ExemplarSet] = {}
 
     def columns(self, site: Site, dead: Sequence[bool] | None = None) -> dict[str, Any]:
         """The columns of one site; of its dead neurons no image tells more than another, and their lists are empty."""
-        if site.name not in self._kept:
-            self._kept = self._pass(_group(self._run.model.sites[site.number :], self._numbers))
-        held = self._kept.pop(site.name).compact(SIDE)
+        held = self.found(site).compact(SIDE)
         lists = {
             "exemplar_images": held["image_ids"].tolist(),
             "exemplar_values": held["values"].tolist(),
@@ -254,11 +252,19 @@ class Exemplars:
             values[:] = [[] if off else each for each, off in zip(values, silent, strict=True)]
         return {"threshold": held["threshold"], **lists}
 
+    def found(self, site: Site) -> ExemplarSet:
+        """The exemplars of one site with their pictures; the following sites are looked at in the same pass."""
+        if site.name not in self._kept:
+            self._kept = self._pass(_group(self._run.model.sites[site.number :], self._numbers))
+        held = self._kept.pop(site.name)
+        shown = held.image_ids.unique()
+        return replace(held, stored_ids=shown, stored=self._run.images.pixels[shown])
+
     def _pass(self, sites: list[Site]) -> dict[str, ExemplarSet]:
         from neuropil.interpret.milan import regions
 
-        found = regions(self._run.module, (x for _, x in self._run.batches()), sites, k=self.k, quantile=0.99)
-        return {each.layer: each for each in found}
+        shown = (x for _, x in self._run.batches())
+        return {e.layer: e for e in regions(self._run.module, shown, sites, k=self.k, quantile=self.quantile)}
 
     def _numbers(self, site: Site) -> int:
         """How many are kept of a site: of each neuron its best maps, and its values until they are counted in bins."""

@@ -17,6 +17,7 @@ from neuropil.errors import ModelError, NeuropilError
 
 if TYPE_CHECKING:
     from neuropil.atlas import Atlas
+    from neuropil.data import Probe
     from neuropil.interpret.milan import MILAN, Description, ExemplarSet
     from neuropil.interpret.milan.sheet import Shown
     from neuropil.models import Model
@@ -85,14 +86,20 @@ def describe(
     layers = _layers(loaded, layer)
     if atlas is not None:
         _fits(atlas, loaded, layers)
-    probe, origin = _probe(loaded, images, atlas)
-    net = loaded.module()
+    shown, whole = _shown(loaded, images, atlas)
+    origin = {"images": Path(str(images)).name, "count": len(shown)} if whole is None else whole.settings
     milan = _captioner(captioner, encoder).set_params(lam=lam, beam=beam)
     from neuropil.interpret.milan import exemplars
+    from neuropil.vision import Exemplars
+
+    together = None if whole is None else Exemplars(loaded, whole, k, quantile=quantile)
 
     def found(each: str | Site) -> tuple[ExemplarSet, list[Description]]:
-        output.note(f"{each if isinstance(each, str) else each.name}: {output.plural(len(probe), 'picture')} …")
-        regions = exemplars(net, probe, each, k=k, quantile=quantile, show=probe.show)
+        output.note(f"{each if isinstance(each, str) else each.name}: {output.plural(len(shown), 'picture')} …")
+        if isinstance(each, str) or together is None:
+            regions = exemplars(loaded.module(), shown, each, k=k, quantile=quantile, show=shown.show)
+        else:
+            regions = together.found(each)
         texts = milan.describe(regions)
         return (regions if out is not None else _bare(regions)), texts
 
@@ -108,11 +115,11 @@ def describe(
         with interruptible(lambda: "Stopped; nothing was written."):
             described = [found(each) for each in layers]
     facts: dict[str, Any] = {
-        "model": loaded.name, "images": origin["images"], "pictures": len(probe),
+        "model": loaded.name, "images": origin["images"], "pictures": len(shown),
         "captioner": str(captioner or "generated scenes"),
     }  # fmt: skip
     if out is not None:
-        facts["written"] = _written(out, described, probe, loaded.name)
+        facts["written"] = _written(out, described, shown, loaded.name)
     if atlas is not None:
         ready = {regions.layer: (regions, texts) for regions, texts in described}
         facts |= _kept(atlas, loaded, layers, lambda site: ready.get(site.name) or found(site), settings, overwrite)
@@ -138,8 +145,8 @@ def _fits(path: Path, loaded: Model, layers: list[str | Site]) -> None:
     Atlas.create(path, loaded).close()  # raises where it is of another model
 
 
-def _probe(loaded: Model, images: str | None, atlas: Path | None) -> tuple[Shown, dict[str, Any]]:
-    """The pictures as the model wants them, and what an atlas remembers of them."""
+def _shown(loaded: Model, images: str | None, atlas: Path | None) -> tuple[Shown, Probe | None]:
+    """The pictures as the model wants them, and those of a set or an atlas as a probe; a folder's may be too many."""
     from neuropil.build import kept_probe, probe_for
     from neuropil.data.images import SETS
     from neuropil.interpret.milan.sheet import Pictures, Shown
@@ -159,7 +166,7 @@ def _probe(loaded: Model, images: str | None, atlas: Path | None) -> tuple[Shown
         wanted = wanted.fitted((224, 224))
         assert wanted.size is not None
         pictures = Pictures(folder, wanted.size, wanted.channels)
-        return Shown(pictures, pictures.names, wanted), {"images": folder.name, "count": len(pictures)}
+        return Shown(pictures, pictures.names, wanted), None
     if images is not None:
         probe = probe_for(loaded, images)
     else:
@@ -167,7 +174,7 @@ def _probe(loaded: Model, images: str | None, atlas: Path | None) -> tuple[Shown
         probe, same = kept_probe(atlas, loaded)
         if not same:
             output.note(f"{atlas} keeps its images small, and they are enlarged; give IMAGES to see them in full")
-    return Shown(probe.pixels, probe.names, prepared(loaded, probe)), probe.settings
+    return Shown(probe.pixels, probe.names, prepared(loaded, probe)), probe
 
 
 def _bare(found: ExemplarSet) -> ExemplarSet:

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from neuropil.errors import ModelError
-from neuropil.interpret.milan import ExemplarSet, UnknownLayer, exemplars, regions, tokens_to_grid
+from neuropil.interpret.milan import ExemplarSet, RegionEncoder, UnknownLayer, exemplars, regions, tokens_to_grid
 from neuropil.interpret.milan.running import RunningQuantile, RunningTopK
 from neuropil.neurons import find_sites
 
@@ -386,3 +386,15 @@ def test_a_layer_that_gives_nonsense_is_refused() -> None:
         exemplars(net, images(3), "0")
     with pytest.raises(ValueError, match="one size"):
         exemplars(red_copier(), [images(2, 8), images(2, 9)], "0")
+
+
+def test_a_picture_is_encoded_once_however_many_units_it_drives() -> None:
+    found = exemplars(small_net(), images(90), "0", k=6)
+    assert len(found.stored) < found.image_ids.numel()
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.ReLU(), nn.Conv2d(4, 5, 3, stride=2)).eval()
+    encoder, seen = RegionEncoder(net, ["1", "2"]), []
+    net.register_forward_pre_hook(lambda _, given: seen.append(len(given[0])))
+    together = encoder.encode(found, rows=2)
+    assert sum(seen) == len(found.stored)
+    torch.testing.assert_close(together, encoder.encode((found.pictures(), found.masks())), rtol=1e-4, atol=1e-5)

@@ -21,6 +21,7 @@ from torch.nn.functional import interpolate
 from neuropil.interpret.milan.exemplars import ExemplarSet
 from neuropil.interpret.milan.layer import check_layer
 
+PICTURES = 32  # that go through the network at once
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 
 
@@ -116,16 +117,42 @@ class RegionEncoder(nn.Module):
         return [seen[name] for name in self.layers]
 
     def encode(self, regions: ExemplarSet | tuple[Tensor, Tensor], rows: int = 8) -> Float[Tensor, "units k features"]:
-        """Vectors of every unit's exemplars: a set, or `(pictures [u, k, c, h, w], masks [u, k, 1, h, w])`."""
+        """Vectors of every unit's exemplars: a set, or `(pictures [u, k, c, h, w], masks [u, k, 1, h, w])`.
+
+        A picture of a set goes through the network once, however many units it drives; `rows` units' worth of regions
+        are in memory at a time.
+        """
+        if isinstance(regions, ExemplarSet) and not self.spatial:
+            return self._encoded(regions, rows * regions.image_ids.shape[1])
         if isinstance(regions, ExemplarSet):
             parts = regions.batches(rows)
         else:
             parts = zip(regions[0].split(rows), regions[1].split(rows), strict=True)
         out = []
         for pictures, masks in parts:
-            x = pictures.flatten(0, 1)
-            x = x.float() / 255 if x.dtype == torch.uint8 else x.float()
-            vectors = self(x.to(self.mean.device), masks.flatten(0, 1).to(self.mean.device))
+            vectors = self(self._unit(pictures.flatten(0, 1)), masks.flatten(0, 1).to(self.mean.device))
             vectors = vectors.unflatten(0, pictures.shape[:2])
             out.append(vectors.flatten(1, 2) if self.spatial else vectors)
         return torch.cat(out)
+
+    @torch.no_grad()
+    def _encoded(self, found: ExemplarSet, together: int) -> Float[Tensor, "units k features"]:
+        places = found.places
+        size = (found.stored.shape[2], found.stored.shape[3])
+        out: Tensor | None = None
+        for start in range(0, len(found.stored), PICTURES):
+            levels = self.levels(self.prepared(self._unit(found.stored[start : start + PICTURES])))
+            pairs = torch.nonzero((places >= start) & (places < start + PICTURES))
+            for rows, ranks in (part.unbind(1) for part in pairs.split(together)):
+                masks = found.masks_of(rows, ranks, size).float().to(self.mean.device)
+                each = places[rows, ranks] - start
+                vectors = torch.cat([pool(maps[each], masks) for maps in levels], 1)
+                out = vectors.new_zeros(*places.shape, vectors.shape[1]) if out is None else out
+                out[rows, ranks] = vectors
+        assert out is not None  # there are pictures, and each drives some unit
+        return out
+
+    def _unit(self, pictures: Tensor) -> Float[Tensor, "n c h w"]:
+        """Pictures as numbers in 0..1, where the network is."""
+        x = pictures.to(self.mean.device)
+        return x.float() / 255 if x.dtype == torch.uint8 else x.float()

@@ -81,20 +81,32 @@ class ExemplarSet:
 
     def masks(self, size: tuple[int, int] | None = None) -> Bool[Tensor, "units k 1 height width"]:
         """The region of each exemplar, as large as the images unless told (the paper: 224 x 224)."""
-        high, wide = size or self.size
         units, k = self.image_ids.shape
+        rows = torch.arange(units).repeat_interleave(k)
+        return self.masks_of(rows, torch.arange(k).repeat(units), size).unflatten(0, (units, k))
+
+    def masks_of(
+        self, rows: Int[Tensor, " n"], ranks: Int[Tensor, " n"], size: tuple[int, int] | None = None
+    ) -> Bool[Tensor, "n 1 height width"]:
+        """The regions of some exemplars: places in `units`, and which of that unit's."""
+        high, wide = size or self.size
         if self.flat:
-            return torch.ones(units, k, 1, high, wide, dtype=torch.bool)
-        maps = self.maps
+            return torch.ones(len(rows), 1, high, wide, dtype=torch.bool)
+        maps = self.maps[rows, ranks][:, None]
         if maps.shape[2:] != (high, wide):
             maps = interpolate(maps, (high, wide), mode="bilinear", align_corners=False)
-        return (maps > self.threshold[:, None, None, None])[:, :, None]
+        return maps > self.threshold[rows][:, None, None, None]
+
+    @property
+    def places(self) -> Int[Tensor, "units k"]:
+        """Where in `stored` the exemplars' images are."""
+        if not len(self.stored):
+            raise ValueError("these exemplars hold no pictures; call exemplars(..., keep=True)")
+        return torch.searchsorted(self.stored_ids, self.image_ids)
 
     def pictures(self) -> UInt8[Tensor, "units k channels height width"]:
         """The exemplars' images as bytes."""
-        if not len(self.stored):
-            raise ValueError("these exemplars hold no pictures; call exemplars(..., keep=True)")
-        return self.stored[torch.searchsorted(self.stored_ids, self.image_ids)]
+        return self.stored[self.places]
 
     def batches(self, rows: int = 8) -> Iterator[tuple[Tensor, Tensor]]:
         """Pictures and masks of so many units at a time: all at once they can be large."""
