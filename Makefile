@@ -8,7 +8,7 @@ SUDO   := $(shell [ "$$(id -u)" = 0 ] || command -v sudo)
 APT    := $(SUDO) env DEBIAN_FRONTEND=noninteractive apt-get -qq -o Dpkg::Use-Pty=0
 ATLAS  := atlases/smollm2
 
-.PHONY: atlas test lint docs coverage benchmark clean
+.PHONY: atlas test lint docs vision coverage benchmark clean
 
 atlas: $(VENV)/.core
 	$(BIN)/neuropil atlas smollm2 --out $(ATLAS)
@@ -28,6 +28,15 @@ docs: $(VENV)/.dev $(VENV)/.system
 	$(BIN)/python -m neuropil.cli.docs docs/cli.md
 	$(BIN)/python docs/causal.py $(ATLAS)
 	$(BIN)/python docs/screenshots.py $(ATLAS)
+
+# The atlases of two vision models, and the page about them.
+vision: $(VENV)/.dev $(VENV)/.system
+	$(BIN)/neuropil atlas examples/fashion.py:network --out atlases/fashion
+	$(BIN)/neuropil describe examples/fashion.py:network --atlas atlases/fashion
+	$(BIN)/neuropil atlas efficientnet-lite0 --out atlases/efficientnet-lite0
+	$(BIN)/neuropil describe efficientnet-lite0 --atlas atlases/efficientnet-lite0
+	$(BIN)/python docs/vision.py atlases/fashion atlases/efficientnet-lite0
+	$(BIN)/python docs/screenshots.py atlases/efficientnet-lite0
 
 benchmark: $(VENV)/.dev
 	$(BIN)/python benchmarks/decode.py

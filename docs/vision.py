@@ -31,7 +31,7 @@ SELECT * FROM neurons WHERE NOT dead AND len(exemplar_images) >= 5 AND threshold
 QUALIFY row_number() OVER (PARTITION BY site ORDER BY ablation DESC NULLS LAST) <= ? ORDER BY site, ablation DESC"""
 SAID = """
 SELECT description, count(*) AS n FROM neurons WHERE NOT dead AND description <> ''
-GROUP BY 1 ORDER BY 2 DESC, 1 LIMIT 12"""
+GROUP BY 1 ORDER BY 2 DESC, 1 LIMIT 6"""
 
 
 def main(fashion: str, efficientnet: str) -> None:
@@ -48,8 +48,9 @@ def main(fashion: str, efficientnet: str) -> None:
         distinct = atlas.query("SELECT count(DISTINCT description) AS n FROM neurons WHERE NOT dead").to_pylist()[0][
             "n"
         ]
+        depth(deep).savefig(HERE / "images" / "vision-depth.png", dpi=130, metadata={"Software": None})
         exemplars(atlas, 1, every=4).savefig(HERE / "images" / "vision-deep.png", dpi=110, metadata={"Software": None})
-        photos = len(stored(Path(efficientnet)) or ())
+        photos, most = len(stored(Path(efficientnet)) or ()), max(row["silenced"] for row in deep)
     both = [f"{pair[0]:+.2f}" for pair in ranks.values()]
     text = f"""# The neurons of vision models
 
@@ -95,7 +96,10 @@ The ImageNet network that travels with PyPI, shown {photos} crops of photographs
 
 ![Images and regions of neurons at several depths](images/vision-deep.png)
 
-{table(deep)}
+Deeper filters are silent at more places of an image, and a single one is missed less. (Of each layer the {most} neurons
+with the largest estimates were silenced; where nothing else is at hand, class means the one that the model prefers.)
+
+![Sparsity, and loss without a neuron, by layer](images/vision-depth.png)
 
 `neuropil describe` says of each what its regions look like. Its captioner learned from generated scenes of coloured,
 textured shapes and letters, for no captions of photographs travel with a package; of photographs it can only say which
@@ -129,6 +133,27 @@ def table(layers: list[dict], ranks: dict[int, tuple[float, float]] | None = Non
     return "\n".join(lines)
 
 
+def depth(layers: list[dict]) -> Figure:
+    """Layer by layer: places without activation, dead neurons, and what is lost without one."""
+    figure = Figure(figsize=(8.6, 3.6), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    sites = np.array([row["site"] for row in layers])
+    wide = np.array(["depthwise" in row["module"] for row in layers])
+    for kind, mark, name in ((~wide, "o", "full and 1 x 1 convolutions"), (wide, "^", "depthwise convolutions")):
+        sparsity, mean, most = (np.array([row[k] for row in layers], dtype=float) for k in ("sparsity", "mean", "most"))
+        line = left.plot(sites[kind], sparsity[kind], mark, label=name)[0]
+        right.plot(sites[kind], mean[kind], mark, color=line.get_color(), label=name)
+        right.plot(sites[kind], most[kind], mark, color=line.get_color(), mfc="none", alpha=0.6)
+    left.set(xlabel="layer", ylabel="places without activation (%)", ylim=(0, 100))
+    left.legend(frameon=False, fontsize="small", loc="lower right")
+    right.set_yscale("symlog", linthresh=0.01)
+    right.axhline(0, color="0.6", lw=0.8)
+    right.set(xlabel="layer", ylabel="loss without a neuron (nats)\nfilled: mean, hollow: largest")
+    for panel in (left, right):
+        panel.spines[["top", "right"]].set_visible(False)
+    return figure
+
+
 def scatter(atlas: Atlas, layers: list[dict]) -> Figure:
     rows = atlas.query(SILENCED).to_pydict()
     site, selectivity, loss = (np.array(rows[name]) for name in ("site", "selectivity", "ablation"))
@@ -158,7 +183,7 @@ def exemplars(atlas: Atlas, each: int, every: int = 1) -> Figure:
             picture = _decoded(probe["png"][image].as_py()).movedim(0, -1).numpy() / 255
             region = np.array([int(digit, 16) for digit in mask]).reshape(SIDE, SIDE) / 15
             side = [np.arange(n) * SIDE // n for n in picture.shape[:2]]
-            lit = 0.3 + 0.7 * region[side[0]][:, side[1], None]
+            lit = 0.35 + 0.65 * np.minimum(2 * region, 1)[side[0]][:, side[1], None]
             panel.imshow((picture * lit).repeat(3 // picture.shape[2], 2), vmin=0, vmax=1)
             panel.set_xticks([])
             panel.set_yticks([])
