@@ -36,7 +36,7 @@ from neuropil.interpret.bricks import (
     random_control,
     stability,
 )
-from neuropil.interpret.bricks.coactivation import coactivation, edge_threshold
+from neuropil.interpret.bricks.coactivation import coactivation, edge_threshold, token_strengths
 from neuropil.interpret.bricks.functionality import balance
 from neuropil.interpret.bricks.kmeans import balanced_kmeans, capacities, deal, evened, inertia
 from neuropil.interpret.bricks.testing import binomial_threshold, hypergeometric_threshold
@@ -129,6 +129,18 @@ def test_the_graph_by_hand() -> None:
     # Of nine entries three are zero: the 10th and 20th percentiles are 0, the 30th lies between 0 and 0.25.
     assert edge_threshold(joint) == pytest.approx(0.99 * np.percentile(joint.numpy(), 30))
     assert edge_threshold(torch.zeros(3, 3)) == float("inf")
+
+
+def test_layers_of_fewer_places_are_looked_at_on_more_of_the_data() -> None:
+    net = nn.Sequential(nn.Conv2d(1, 3, 1), nn.ReLU(), nn.Flatten(), nn.Linear(300, 5), nn.ReLU(), nn.Linear(5, 2))
+    with torch.no_grad():
+        net[0].weight.fill_(1.0)
+        net[0].bias.zero_()
+    data = [torch.full((2, 1, 10, 10), float(i + 1)) for i in range(100)]
+    found = token_strengths(net, find_sites(net), data, 192)
+    # of the 100 places of an image 64 are taken, so that three images fill the sample; the dense layer has one an image
+    assert found["0"][:, 0].tolist() == [1.0] * 128 + [2.0] * 64
+    assert found["3"].shape == (192, 5)
 
 
 def test_moving_to_equal_sizes_moves_as_few_as_it_can() -> None:

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import warnings
+from collections import defaultdict
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -14,10 +18,34 @@ from neuropil.cli.output import Column
 
 if TYPE_CHECKING:
     from neuropil.interpret.bricks import Functionality, Partition, PruningMatrix
+    from neuropil.interpret.bricks.ablation import Loss
     from neuropil.interpret.bricks.testing import BrickTest
     from neuropil.models import Model
 
 BATCHES = 1  # of eight windows each, for measuring what pruning costs
+WINDOWS, TOKENS = 32, 64
+WIDE = 8  # functions: of more, a table of each against each is not read
+
+
+@dataclass(frozen=True)
+class Functions:
+    """What functions are learned from and tested on, and how.
+
+    `layers` None: all of the model's. `top` is the share of a layer's neurons whose bricks are tested for chance, None
+    that which is pruned: of the few dozen filters of a layer a hundredth is one neuron, of which no brick can have more
+    than by chance.
+    """
+
+    train: dict[str, Any]
+    mixed: Iterable[Any]
+    test: dict[str, Any]
+    loss: Loss
+    unit: str
+    target: str
+    settings: dict[str, Any]
+    layers: list[int] | None = None
+    left: dict[str, str] = field(default_factory=dict)
+    top: float | None = None
 
 
 @command(
@@ -26,6 +54,8 @@ BATCHES = 1  # of eight windows each, for measuring what pruning costs
     "neuropil bricks smollm2                                          the functions that are at hand",
     "neuropil bricks smollm2 --functions python,json,bible --share 0.1",
     "neuropil bricks smollm2 --functions python,mail.txt --atlas atlases/smollm2",
+    "neuropil bricks examples/fashion.py:network --atlas atlases/fashion    a vision model: classes of images",
+    "neuropil bricks efficientnet-lite0 --images ./pictures           a folder with a subfolder for each class",
 )
 def bricks(
     model: Annotated[str, typer.Argument(metavar=MODEL, help=ANY_MODEL)],
@@ -33,16 +63,28 @@ def bricks(
         str | None,
         typer.Option(
             help="Kinds of text, separated by commas: arithmetic, json, numerals, python, bible, a genre of the Brown "
-            "corpus, or a text file.",
+            "corpus, or a text file. Of a vision model: classes of the images.",
             show_default="those at hand",
         ),
     ] = None,
-    count: Annotated[int, typer.Option("--bricks", min=1, help="Bricks a layer.")] = 16,
+    images: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SET",
+            help="What a vision model is shown: fashion-mnist, digits, or a folder with a subfolder for each class. "
+            "Half of each class is learned from, the other half tests.",
+            show_default="fashion-mnist for grey images",
+        ),
+    ] = None,
+    count: Annotated[
+        int | None,
+        typer.Option("--bricks", min=1, help="Bricks a layer.", show_default="16, of fewer neurons one each"),
+    ] = None,
     method: Annotated[
         str, typer.Option("--method", "-m", help="parameters, coactivation, correlation, random or blocks.")
     ] = "parameters",
-    sequences: Annotated[int, typer.Option(min=8, help="Windows of each function to learn from.")] = 32,
-    length: Annotated[int, typer.Option(min=4, help="Tokens in a window.")] = 64,
+    sequences: Annotated[int, typer.Option(min=8, help="Windows of each kind of text to learn from.")] = WINDOWS,
+    length: Annotated[int, typer.Option(min=4, help="Tokens in a window.")] = TOKENS,
     share: Annotated[float, typer.Option(help="Share of each layer's neurons that is pruned.")] = 0.05,
     how: Annotated[str, typer.Option(help="Pruned neurons are held at zero or at their mean.")] = "mean",
     atlas: Annotated[
@@ -53,9 +95,13 @@ def bricks(
 ) -> None:
     """Deal MODEL's neurons into bricks, and see what each function loses without its own.
 
+    The functions of a language model are kinds of text, those of a vision model classes of images.
+
     Prunes the neurons that tell each function best, and as many others as active, and prints by how much the loss rises
-    on each function. The model is never changed.
+    on each function: minus the log-probability of the next token, or of the image's class (of the one that the model
+    prefers, where it has not as many classes as the images). The model is never changed.
     """
+    from neuropil.interpret.bricks.columns import column_names
     from neuropil.interpret.bricks.partition import METHODS
 
     if method not in METHODS:
@@ -68,22 +114,30 @@ def bricks(
         from neuropil.atlas import Atlas
 
         Atlas.open(atlas).close()  # it must be there, which is asked before the work
-    names = _names(functions)
+    names = None if functions is None else _names(functions)
     loaded = load_model(model)
+    sees = _sees(loaded, images, sequences, length)
     try:
         with interruptible(lambda: "Stopped; nothing was written."):
-            train, test = _texts(loaded, names, sequences, length, seed)
-            found, parts, tested = _found(loaded, train, count, method, seed)
-            matrix, control = _pruned(loaded, found, test, share, how, seed)
+            data = _images(loaded, images, names) if sees else _texts(loaded, names, sequences, length, seed)
+            if atlas is not None:
+                column_names(data.train)
+            with warnings.catch_warnings(record=True) as said:
+                warnings.simplefilter("always", UserWarning)
+                found, parts, tested = _found(loaded, data, count, method, data.top or share, seed)
+            for message in dict.fromkeys(str(one.message) for one in said if one.category is UserWarning):
+                output.note(message, style="yellow")
+            matrix, control = _pruned(loaded, found, data, share, how, seed)
     except ValueError as error:
         raise _said(error) from error
-    settings = {"functions": names, "bricks": count, "method": parts.method, "sequences": sequences, "length": length,
-                "seed": seed}  # fmt: skip
+    settings = {"functions": list(data.train), "bricks": max(parts.counts.values()), "method": parts.method,
+                **data.settings, "top": data.top or share, "seed": seed}  # fmt: skip
     columns = None if atlas is None else _add(atlas, loaded, parts, found, tested, settings)
-    facts = _facts(parts, tested, matrix, control) | {"settings": settings, "share": share, "how": how}
+    facts = _facts(parts, tested, matrix, control)
+    facts |= {"loss_of": data.target, "settings": settings, "share": share, "how": how}
     if columns is not None:
         facts["columns"] = columns
-    output.as_json(facts) if as_json else _show(facts, matrix, control)
+    output.as_json(facts) if as_json else _show(facts, matrix, control, data.unit)
 
 
 def _said(error: ValueError) -> Exception:
@@ -92,58 +146,87 @@ def _said(error: ValueError) -> Exception:
     return error if isinstance(error, NeuropilError) else NeuropilError(str(error))
 
 
-def _names(functions: str | None) -> list[str]:
-    from neuropil.interpret.bricks.texts import installed
-
-    if functions is None:
-        return installed()
+def _names(functions: str) -> list[str]:
     names = list(dict.fromkeys(name.strip() for name in functions.split(",") if name.strip()))
     if len(names) < 2:
         raise typer.BadParameter("give two or more: each function is told from the others.", param_hint="--functions")
     return names
 
 
-def _texts(loaded: Model, names: list[str], sequences: int, length: int, seed: int) -> tuple[Any, Any]:
+def _sees(loaded: Model, images: str | None, sequences: int, length: int) -> bool:
+    """Whether the functions are classes of images; options that do not fit are refused."""
+    from neuropil.models.pictures import as_images
+
+    sees = loaded.image_input is not None or (images is not None and as_images(loaded.skeleton) is not None)
+    if images is not None and not sees:
+        raise typer.BadParameter(
+            f"{loaded.name} takes no images; its functions are kinds of text (--functions).", param_hint="--images"
+        )
+    if sees and (sequences, length) != (WINDOWS, TOKENS):
+        raise typer.BadParameter(f"{loaded.name} takes images: --sequences and --length are of language models.")
+    return sees
+
+
+def _images(loaded: Model, images: str | None, names: list[str] | None) -> Functions:
+    from neuropil.build import probe_for
+    from neuropil.interpret.bricks.images import image_functions
+
+    shown = probe_for(loaded, images)
+    made = image_functions(loaded, shown, names)
+    return Functions(
+        made.train, made.mixed, made.test, made.loss, "nats an image", made.target, shown.settings, made.layers,
+        made.left,
+    )  # fmt: skip
+
+
+def _texts(loaded: Model, names: list[str] | None, sequences: int, length: int, seed: int) -> Functions:
     from neuropil.errors import ModelError
-    from neuropil.interpret.bricks.texts import text_windows
+    from neuropil.interpret.bricks import language_loss
+    from neuropil.interpret.bricks.functionality import TOP
+    from neuropil.interpret.bricks.texts import installed, text_windows
 
     if loaded.tokenizer is None:
-        raise ModelError(f"{loaded.name} comes without a tokenizer, so it reads no text; use functionality() in Python")
+        raise ModelError(
+            f"{loaded.name} comes without a tokenizer, so it reads no text; if its inputs are images, give --images, "
+            "else use functionality() in Python"
+        )
     train, test = {}, {}
-    for name in names:
+    for name in installed() if names is None else names:
         learn, judge = text_windows(name, loaded.tokenizer, max(sequences, 8 * BATCHES), length, seed=seed)
         key = Path(name).stem if Path(name).is_file() else name
         train[key], test[key] = learn[: -(-sequences // 8)], judge[:BATCHES]
-    return train, test
+    mixed = [batch for each in zip(*train.values(), strict=True) for batch in each]
+    settings = {"sequences": sequences, "length": length}
+    return Functions(train, mixed, test, language_loss, "nats a token", "the next token", settings, top=TOP)
 
 
 def _found(
-    loaded: Model, train: dict[str, Any], count: int, method: str, seed: int
+    loaded: Model, data: Functions, count: int | None, method: str, top: float, seed: int
 ) -> tuple[Functionality, Partition, BrickTest]:
     from neuropil.interpret.bricks import functional_bricks, functionality, partition_bricks
 
-    net = loaded.module()
-    output.note(f"reading {len(train)} functions …")
-    found = functionality(net, train)
+    output.note(f"reading {len(data.train)} functions …")
+    found = functionality(loaded.module(), data.train, layers=data.layers)
     output.note(f"dealing neurons into bricks by {method} …")
-    batches = [batch for each in zip(*train.values(), strict=True) for batch in each]
-    parts = partition_bricks(loaded, count, method=method, data=batches, seed=seed)
-    return found, parts, functional_bricks(found, parts, seed=seed)
+    parts = partition_bricks(loaded, count, method=method, data=data.mixed, layers=data.layers, seed=seed)
+    parts = replace(parts, left=parts.left | data.left)
+    return found, parts, functional_bricks(found, parts, share=top, seed=seed)
 
 
 def _pruned(
-    loaded: Model, found: Functionality, test: dict[str, Any], share: float, how: str, seed: int
+    loaded: Model, found: Functionality, data: Functions, share: float, how: str, seed: int
 ) -> tuple[PruningMatrix, PruningMatrix]:
     """What each function's neurons cost, and as many others as active."""
     from neuropil.interpret.bricks import matched_control, neurons_of, pruning_matrix
 
-    net = loaded.module()
+    net, test = loaded.module(), data.test
     output.note("pruning each function's neurons …")
     sets = {name: neurons_of(found, name, share) for name in test}
-    matrix = pruning_matrix(net, sets, test, how=how, values=found.mean)
+    matrix = pruning_matrix(net, sets, test, how=how, values=found.mean, loss=data.loss)
     output.note("pruning others as active …")
     others = {name: matched_control(found, neurons, seed) for name, neurons in sets.items()}
-    return matrix, pruning_matrix(net, others, test, how=how, values=found.mean, base=matrix.base)
+    control = pruning_matrix(net, others, test, how=how, values=found.mean, loss=data.loss, base=matrix.base)
+    return matrix, control
 
 
 def _add(
@@ -183,23 +266,56 @@ def _facts(parts: Partition, tested: BrickTest, matrix: PruningMatrix, control: 
     }
 
 
-def _show(facts: dict[str, Any], matrix: PruningMatrix, control: PruningMatrix) -> None:
-    output.say(f"Rise of the loss (nats a token) on each function, without {facts['share']:.0%} of the neurons", "bold")
-    columns = [Column("without the neurons of"), *(Column(name, "right") for name in matrix.columns)]
-    rows = [[name, *(output.number(value) for value in row)] for name, row in zip(matrix.rows, matrix.increase.tolist(),
-            strict=True)]  # fmt: skip
-    mean = control.increase.mean(0).tolist()
-    rows.append(["others as active", *(output.number(value) for value in mean)])
-    rows.append(["(loss with all)", *(output.number(value) for value in matrix.base.tolist())])
-    output.listing(columns, rows)
+def _show(facts: dict[str, Any], matrix: PruningMatrix, control: PruningMatrix, unit: str) -> None:
+    output.say(f"Rise of the loss ({unit}) on each function, without {facts['share']:.0%} of the neurons", "bold")
+    output.listing(*(_each if len(matrix.columns) > WIDE else _square)(facts, matrix, control))
     output.say()
     shares = facts["functional_bricks"]
+    told = [f"{name} {value:.1%}" for name, value in shares.items()]
+    if len(told) > WIDE:
+        told = [f"{sum(shares.values()) / len(shares):.1%} on average"]
     lines = {
+        "loss": f"minus the log-probability of {facts['loss_of']}",
         "specificity": f"{output.number(facts['specificity'])} nats more on the own function than on others "
         f"({output.number(facts['specificity_of_others_as_active'])} for others as active)",
-        "functional bricks": ", ".join(f"{name} {value:.1%}" for name, value in shares.items())
+        "functional bricks": ", ".join(told)
         + f" (at random {max(facts['functional_bricks_at_random'].values()):.2%} at most)",
     }
+    if facts["left"]:
+        lines["without bricks"] = _left(facts["left"])
     if "columns" in facts:
         lines["columns"] = ", ".join(facts["columns"])
     output.pairs(lines)
+
+
+def _square(facts: dict[str, Any], matrix: PruningMatrix, control: PruningMatrix) -> tuple[list[Column], list[Any]]:
+    """Every function's loss without every function's neurons."""
+    columns = [Column("without the neurons of"), *(Column(name, "right") for name in matrix.columns)]
+    lines = dict(zip(matrix.rows, matrix.increase, strict=True))
+    lines |= {"others as active": control.increase.mean(0), "(loss with all)": matrix.base}
+    return columns, [[name, *map(output.number, values.tolist())] for name, values in lines.items()]
+
+
+def _each(facts: dict[str, Any], matrix: PruningMatrix, control: PruningMatrix) -> tuple[list[Column], list[Any]]:
+    """A line a function: its own loss and the mean of the others' without its neurons, and its own without others."""
+    import torch
+
+    heads = ("own", "of others", "others as active", "(loss with all)", "functional bricks")
+    numbers = torch.stack([matrix.own, matrix.others, control.own, matrix.base], 1).tolist()
+    shares = facts["functional_bricks"].values()
+    rows = [
+        [name, *map(output.number, row), f"{share:.1%}"]
+        for name, row, share in zip(matrix.rows, numbers, shares, strict=True)
+    ]
+    return [Column("without the neurons of"), *(Column(head, "right") for head in heads)], rows
+
+
+def _left(left: dict[str, str]) -> str:
+    """Which layers could not be dealt into bricks, and why."""
+    reasons: dict[str, list[str]] = defaultdict(list)
+    for name, why in left.items():
+        reasons[why].append(name)
+    return "; ".join(
+        f"{output.plural(len(names), 'layer')} ({names[0]}{' …' if len(names) > 1 else ''}): {why}"
+        for why, names in reasons.items()
+    )

@@ -26,31 +26,38 @@ from neuropil.neurons import Site, capture
 
 FIRES = 0.1  # share of tokens on which a gated neuron is said to fire
 WEIGHTS = 1000  # METIS weighs edges in whole numbers: the heaviest edge gets this
+PLACES = 64  # of a sequence or feature map: so that one image of 12,544 places is not all that is looked at
 
 
 @torch.no_grad()
 def token_strengths(
     model: nn.Module, sites: Sequence[Site], data: Iterable[Example], tokens: int
 ) -> dict[str, Float[Tensor, "tokens width"]]:
-    """The strength of each neuron at each of the first `tokens` places of the data, in half precision to save memory.
+    """The strength of each neuron at the first `tokens` places of the data, in half precision to save memory.
 
-    Raises ValueError for no data.
+    Of longer sequences and larger feature maps than 64 places, 64 drawn at random are taken. A site with fewer places
+    than others (a dense layer after convolutions) is looked at on more of the data. Raises ValueError for no data.
     """
     found: dict[str, list[Tensor]] = {site.name: [] for site in sites}
-    counted = 0
+    counted = dict.fromkeys(found, 0)
+    draw = torch.Generator().manual_seed(0)
     with evaluating(model), capture(model, sites) as seen:
         for example in data:
-            if counted >= tokens:
+            if min(counted.values()) >= tokens:
                 break
             call(model, example)
             sequences = tensors(example)[0].shape[0]
             for site in sites:
+                if counted[site.name] >= tokens:
+                    continue
                 h = by_sequence(site, seen[site.name], sequences)
                 mask = real_places(example, sequences, h.shape[1])
+                if mask is None and h.shape[1] > PLACES:
+                    h = h[:, torch.randperm(h.shape[1], generator=draw)[:PLACES].sort().values.to(h.device)]
                 kept = strength(site, h)[mask] if mask is not None else strength(site, h).flatten(0, 1)
                 found[site.name].append(kept.cpu().to(torch.bfloat16))
-            counted += len(found[sites[0].name][-1])
-    if not counted:
+                counted[site.name] += len(kept)
+    if not any(counted.values()):
         raise ValueError("co-activation needs data: give at least one batch")
     return {name: torch.cat(parts)[:tokens] for name, parts in found.items()}
 

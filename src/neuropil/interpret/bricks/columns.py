@@ -8,7 +8,7 @@ predictivity_{function}  how well the neuron's activity tells the function's seq
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import pyarrow as pa
@@ -34,14 +34,20 @@ def column_name(function: str) -> str:
     return PREDICTIVITY.format(re.sub(r"[^a-z0-9]+", "_", function.lower()).strip("_"))
 
 
+def column_names(functions: Iterable[str]) -> list[str]:
+    """The columns of predictivity of some functions. Raises ValueError where two would share one."""
+    names = [column_name(name) for name in functions]
+    if len(set(names)) < len(names):
+        raise ValueError(f"two functions would share a column: {names}; give them names of other letters and digits")
+    return names
+
+
 def brick_columns(parts: Partition, found: Functionality, tested: BrickTest) -> Callable[[Site], dict[str, Any]]:
     """For `Atlas.add(..., types=TYPES)`: site -> `brick`, `brick_function` and `predictivity_{function}`.
 
     Each sub-function has its column. Raises ValueError where two functions would share one.
     """
-    names = [column_name(name) for name in found.names]
-    if len(set(names)) < len(names):
-        raise ValueError(f"two functions would share a column: {names}; give them names of other letters and digits")
+    names = column_names(found.names)
 
     def columns(site: Site) -> dict[str, Any]:
         if site.name not in parts.labels or site.name not in found.predictivity:

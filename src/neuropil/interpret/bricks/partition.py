@@ -81,8 +81,9 @@ def partition_bricks(
 ) -> Partition:
     """Deal the neurons of every layer into bricks of equal size (sizes differ by one where they must).
 
-    Give the number of `bricks` a layer (16 by default, as in the paper's analysis) or their `size` (32 in its
-    perturbations). `layers` are numbers of sites, by default all. `method`:
+    Give the number of `bricks` a layer (by default 16, as in the paper's analysis, or as many as a layer has neurons
+    where these are fewer) or their `size` (32 in its perturbations). `layers` are numbers of sites, by default all.
+    `method`:
 
     "parameters"    k-means with equal clusters of what each neuron reads and writes: rows of its weights scaled to
                     unit length (W_in of an ungated layer, as in the paper; gate, up and down side by side else)
@@ -124,7 +125,7 @@ def partition_bricks(
 def _count(site: Site, bricks: int | None, size: int | None) -> int:
     if size is not None and size < 1:
         raise ValueError(f"size={size}: expected at least one neuron a brick")
-    count = 16 if bricks is None and size is None else bricks
+    count = min(16, site.width) if bricks is None and size is None else bricks
     count = -(-site.width // size) if count is None and size is not None else count
     assert count is not None
     if not 1 <= count <= site.width:
