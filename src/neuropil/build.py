@@ -136,10 +136,11 @@ def _see(
     model: Model, path: Path, images: str | Path | Probe | None, causal: bool, progress: bool, overwrite: bool
 ) -> None:
     """The groups of a vision model."""
+    from neuropil.ablation import Ablation, classifies
     from neuropil.atlas import Atlas
     from neuropil.data.probes import stored_digest
     from neuropil.models.pictures import as_images
-    from neuropil.vision import EXEMPLAR_TYPES, Ablation, Activity, Exemplars, classifies
+    from neuropil.vision import EXEMPLAR_TYPES, Activity, Exemplars
 
     if model.image_input is None:
         model.image_input = as_images(model.skeleton)

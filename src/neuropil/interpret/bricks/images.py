@@ -1,7 +1,7 @@
 """Classes of images, as functions of a vision model: half of each class is learned from, the other half tests.
 
 What pruning costs is the rise of -log p(c) in nats, c the image's own class where the model has as many classes as the
-probe, else the class that the whole model prefers: the convention of an atlas's ablations (`neuropil.vision.Ablation`).
+probe, else the class that the whole model prefers: the convention of an atlas's ablations (`neuropil.ablation`).
 """
 
 from __future__ import annotations
@@ -14,10 +14,11 @@ import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor, nn
 
+from neuropil.ablation import logits
 from neuropil.errors import ModelError
 from neuropil.evaluate import evaluating, surprise
 from neuropil.neurons import capture, find_sites
-from neuropil.vision import logits, prepared
+from neuropil.vision import prepared
 
 if TYPE_CHECKING:
     from neuropil.data import Probe
