@@ -9,6 +9,8 @@ python docs/vision.py FASHION EFFICIENTNET
 
 from __future__ import annotations
 
+import json
+import subprocess
 import sys
 from pathlib import Path
 
@@ -42,6 +44,10 @@ def main(fashion: str, efficientnet: str) -> None:
         scatter(atlas, own).savefig(HERE / "images" / "vision-selectivity.png", dpi=130, metadata={"Software": None})
         exemplars(atlas, 2).savefig(HERE / "images" / "vision-fashion.png", dpi=110, metadata={"Software": None})
         count = len(stored(Path(fashion)) or ())
+    parts = bricks(fashion)
+    pruned(parts).savefig(HERE / "images" / "vision-bricks.png", dpi=110, metadata={"Software": None})
+    own_rise, other_rise = rises(parts["rise"])
+    own_control, other_control = rises(parts["rise_of_others_as_active"])
     with Atlas.open(efficientnet) as atlas:
         deep = atlas.query(LAYERS).to_pylist()
         said = atlas.query(SAID).to_pylist()
@@ -83,11 +89,24 @@ drives them is bright.
 
 ![Images and regions of eight neurons](images/vision-fashion.png)
 
+## Which neurons serve a class?
+
+```
+neuropil bricks examples/fashion.py:network --atlas atlases/fashion
+```
+
+finds the neurons that tell each class best, takes {parts["share"]:.0%} of each layer out (held at their mean), and
+measures on other images what each class then loses: {own_rise:+.2f} nats for the class itself and {other_rise:+.2f} for
+the others, means over classes. As many other neurons that are as active: {own_control:+.2f} and {other_control:+.2f}.
+
+![Rise of each class's loss without the neurons of each class](images/vision-bricks.png)
+
 Questions of this kind are SQL:
 
 ```
 neuropil query atlases/fashion "SELECT neuron, preferred_class, selectivity, ablation, description
   FROM neurons WHERE NOT dead ORDER BY ablation DESC LIMIT 10"
+neuropil query atlases/fashion "SELECT brick_function, count(*), avg(ablation) FROM neurons GROUP BY 1"
 ```
 
 ## EfficientNet-Lite0
@@ -113,6 +132,40 @@ With regions and sentences of your own, `MILAN(...).fit` learns the words you wa
 takes it.
 """
     (HERE / "vision.md").write_text(text, encoding="utf-8")
+
+
+def bricks(fashion: str) -> dict:
+    """What `neuropil bricks` says of the network; the atlas gets its columns."""
+    command = ["-m", "neuropil", "bricks", "examples/fashion.py:network", "--atlas", str(Path(fashion).resolve())]
+    done = subprocess.run(
+        [sys.executable, *command, "--json"], cwd=HERE.parent, capture_output=True, text=True, check=True
+    )
+    return json.loads(done.stdout)
+
+
+def rises(matrix: dict[str, dict[str, float]]) -> tuple[float, float]:
+    """The mean rise of a class's loss without its own neurons, and of the others' without them."""
+    own = [rises[name] for name, rises in matrix.items()]
+    others = [rise for name, rises in matrix.items() for other, rise in rises.items() if other != name]
+    return float(np.mean(own)), float(np.mean(others))
+
+
+def pruned(facts: dict) -> Figure:
+    """Rows: whose neurons are taken out; columns: whose loss rises."""
+    names = list(facts["rise"])
+    both = [facts["rise"], facts["rise_of_others_as_active"]]
+    values = [np.array([[matrix[a][b] for b in names] for a in names]) for matrix in both]
+    most = max(float(np.abs(each).max()) for each in values)
+    figure = Figure(figsize=(10.5, 4.6), layout="constrained")
+    panels = figure.subplots(1, 2, sharey=True)
+    for panel, each, title in zip(panels, values, ("the class's neurons", "others as active"), strict=True):
+        shown = panel.imshow(each, cmap="RdBu_r", vmin=-most, vmax=most)
+        panel.set_xticks(range(len(names)), names, rotation=45, ha="right")
+        panel.set_yticks(range(len(names)), names)
+        panel.set(title=f"without {title}", xlabel="loss of")
+    panels[0].set_ylabel("without the neurons of")
+    figure.colorbar(shown, ax=panels, label="rise of the loss (nats)", shrink=0.8)
+    return figure
 
 
 def correlations(atlas: Atlas, site: int) -> tuple[float, float]:
