@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from neuropil._trace import Parameter, Ref, Step, Trace, Unknown, flat
+from neuropil._streams import Parameter, Ref, Step, Unknown, flat
+from neuropil._trace import Trace
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from neuropil._formula import Formula
-from neuropil._trace import Stream, Trace, WeightOp
+from neuropil._streams import Stream, WeightOp
+from neuropil._trace import Trace
 from neuropil.neurons import Site, Tap, Weight
 
 

@@ -10,13 +10,28 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
+
+from neuropil._streams import (
+    Parameter,
+    Ref,
+    Step,
+    Stream,
+    Unknown,
+    Value,
+    View,
+    WeightOp,
+    constant,
+    copied,
+    flat,
+    same,
+    widened,
+)  # fmt: skip
 
 aten = torch.ops.aten
 
@@ -48,91 +63,6 @@ _POOLS = {"max_pool2d_with_indices", "avg_pool2d", "_adaptive_avg_pool2d", "adap
 _MATMUL = {"mm": (0, 1), "addmm": (1, 2), "bmm": (0, 1), "baddbmm": (1, 2), "_grouped_mm": (0, 1), "mv": (1, 0),
            "grouped_mm_fallback": (0, 1), "_addmm_activation": (1, 2), "_int_mm": (0, 1), "linear": (0, 1)}  # fmt: skip
 _CONVS = {"convolution", "_convolution", "mkldnn_convolution", "convolution_overrideable"}
-
-
-@dataclass(eq=False)
-class Stream:
-    """One linear map's outputs inside an activation."""
-
-    op: int  # number of the weight operation it stems from
-    index: Tensor  # same shape as the activation: which output of the map each entry is
-    nonlinear: bool = False
-    gate: bool = False
-    bends: int = 0  # nonlinear operations passed, clipping aside
-
-
-@dataclass
-class Value:
-    """What is known of one tensor of the forward pass."""
-
-    streams: list[Stream] = field(default_factory=list)
-    foreign: bool = False  # also depends on something that is no linear map's output (the residual, attention)
-    scale: bool = False  # one number for many neurons (the root mean square of a norm)
-    node: int = -1
-    parameter: str = ""  # the one parameter it was made of, if it has no streams
-
-
-@dataclass
-class View:
-    """Which part of which parameter a linear map used: geometry of a strided view."""
-
-    name: str
-    shape: tuple[int, ...]
-    stride: tuple[int, ...]
-    offset: int
-
-
-@dataclass
-class WeightOp:
-    """A linear map as it was applied: its weight, what it read, and in which module."""
-
-    kind: str  # "linear" | "conv"
-    weight: View
-    weight_first: bool
-    read: Value
-    module: str
-    out_features: int
-    rank: int  # of the activation
-    settings: tuple[Any, ...] = ()  # of a convolution
-    groups: int = 1
-    to_nonlinear: bool = False
-    activation: list[str] = field(default_factory=list)
-    padding: tuple[int, ...] = ()  # by which the module pads its input before a convolution
-    late_bias: bool = False  # its bias is added by a step of its own
-    weight_node: int = -1  # of a weight that was computed from its parameter (standardised, cast)
-
-    @property
-    def biases(self) -> tuple[str, str]:
-        """What a bias of this map may be called."""
-        return self.weight.name.removesuffix("weight") + "bias", self.weight.name + "_bias"
-
-
-@dataclass
-class Step:
-    """One operation of the nonlinearity, kept so that it can be replayed on recomputed projections."""
-
-    func: Any
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-    rank: int = -1  # of a normalised tensor: a batch norm of [tokens, neurons] has the neurons second
-
-
-@dataclass(frozen=True)
-class Ref:
-    """In a step's arguments: the output of another node, a constant, or a parameter."""
-
-    node: int
-
-
-@dataclass(frozen=True)
-class Unknown:
-    """A constant whose value the probe did not see (on the meta device)."""
-
-
-@dataclass(frozen=True)
-class Parameter:
-    name: str
-    shape: tuple[int, ...] = ()  # that it was read in, where it is not its own
 
 
 class Trace(TorchDispatchMode):
@@ -226,11 +156,11 @@ class Trace(TorchDispatchMode):
             self.move(func, args, kwargs, out, self.value(args[0]))
         elif name in _SAME:
             source = self.value(args[1] if name == "copy_" else args[0])
-            self.mark(outs[0], Value(_copy(source.streams), source.foreign, source.scale))
+            self.mark(outs[0], Value(copied(source.streams), source.foreign, source.scale))
             self.steps[self.values[id(outs[0])].node] = source.node
         elif name in _NORMS and self.value(args[0]).streams:
             source = self.value(args[0])
-            self.mark(outs[0], Value(_copy(source.streams), source.foreign))
+            self.mark(outs[0], Value(copied(source.streams), source.foreign))
             self.keep(func, args, kwargs, outs[0], norm=True)
         elif name in _REDUCE and len(tensors) == 1:
             self.reduce(func, name, args, kwargs, outs)
@@ -284,7 +214,7 @@ class Trace(TorchDispatchMode):
 
     def move(self, func: Any, args: Any, kwargs: Any, out: Any, source: Value) -> None:
         def moved(stream: Stream) -> list[Tensor]:
-            if func is aten.constant_pad_nd.default and (padded := _widened(stream.index, args[1])) is not None:
+            if func is aten.constant_pad_nd.default and (padded := widened(stream.index, args[1])) is not None:
                 return [padded]
             try:
                 result = func(stream.index, *args[1:], **kwargs)
@@ -319,7 +249,7 @@ class Trace(TorchDispatchMode):
         dims = [dims] if isinstance(dims, int) else dims
         streams: list[Stream] | None = []
         for s in source.streams:
-            if not dims or any(not _constant(s.index, d) for d in dims):
+            if not dims or any(not constant(s.index, d) for d in dims):
                 streams = None
                 break
             index = s.index.amin(dim=tuple(dims), keepdim=keep)
@@ -329,7 +259,9 @@ class Trace(TorchDispatchMode):
             # A sum over neurons is one number for all of them; a mean over places is still each neuron's own.
             self.mark(
                 o,
-                Value(foreign=source.foreign, scale=True) if streams is None else Value(_copy(streams), source.foreign),
+                Value(foreign=source.foreign, scale=True)
+                if streams is None
+                else Value(copied(streams), source.foreign),
             )
             self.keep(func, args, kwargs, o)
 
@@ -374,7 +306,7 @@ class Trace(TorchDispatchMode):
                 self.mark(out, Value(groups[0]))
                 self.steps[self.values[id(out)].node] = source.node
                 return
-        product = name in ("mul", "mul_") and len(groups) == 2 and not _same(groups[0], groups[1])
+        product = name in ("mul", "mul_") and len(groups) == 2 and not same(groups[0], groups[1])
         if product:
             a, b = groups
             gate = a if max(s.bends for s in a) >= max(s.bends for s in b) else b
@@ -471,40 +403,6 @@ class Trace(TorchDispatchMode):
         tensor = next((a for a in flat(out) if isinstance(a, Tensor)), None)
         if tensor is not None:
             self.outputs[name] = (self.value(tensor), tensor.dim(), len(self.ops))
-
-
-def flat(tree: Any) -> list[Any]:
-    if isinstance(tree, list | tuple):
-        return [leaf for branch in tree for leaf in flat(branch)]
-    if isinstance(tree, dict):
-        return flat(list(tree.values()))
-    return [tree]
-
-
-def _copy(streams: list[Stream]) -> list[Stream]:
-    return [Stream(s.op, s.index, s.nonlinear, s.gate, s.bends) for s in streams]
-
-
-def _widened(index: Tensor, padding: list[int]) -> Tensor | None:
-    """The numbers of the outputs after padding in places alone: the border of a feature map is that map's as well."""
-    for k, (before, after) in enumerate(zip(padding[::2], padding[1::2], strict=True)):
-        dim = index.dim() - 1 - k
-        if before == after == 0:
-            continue
-        if before < 0 or after < 0 or not _constant(index, dim):
-            return None
-        size = list(index.shape)
-        size[dim] += before + after
-        index = index.narrow(dim, 0, 1).expand(size)
-    return index
-
-
-def _constant(index: Tensor, dim: int) -> bool:
-    return torch.equal(index.amin(dim), index.amax(dim))
-
-
-def _same(a: list[Stream], b: list[Stream]) -> bool:
-    return len(a) == len(b) and all(x.op == y.op and torch.equal(x.index, y.index) for x, y in zip(a, b, strict=True))
 
 
 def stand_ins(module: nn.Module, device: str) -> dict[str, Tensor]:

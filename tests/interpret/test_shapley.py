@@ -27,6 +27,7 @@ from sklearn.tree import DecisionTreeClassifier
 from torch import nn
 
 from neuropil.errors import MissingExtra
+from neuropil.interpret import _shapley_functions as functions_module
 from neuropil.interpret import _shapley_values as values_module
 from neuropil.interpret._shapley_importance import directions
 from neuropil.interpret._shapley_models import ColumnModel, cross_validated
@@ -215,7 +216,7 @@ def test_tree_shap_is_enumeration_and_shaps(name: str, classes: int) -> None:
     np.testing.assert_array_equal(model.feature_importances_, before[0], "explaining changed the model")
     np.testing.assert_array_equal(model.predict(X), before[1])
     assert found.method == "tree"
-    exact = shapley(lambda x: values_module.tree_output(model, x), rows, background, method="exact")
+    exact = shapley(lambda x: functions_module.tree_output(model, x), rows, background, method="exact")
     np.testing.assert_allclose(found.values, exact.values, atol=1e-6)
     np.testing.assert_allclose(found.base, exact.base, atol=1e-6)
     assert found.gap < 1e-5
@@ -307,7 +308,8 @@ def test_large_tables_are_taken_in_parts(monkeypatch: pytest.MonkeyPatch) -> Non
     X, background = draw(0, 3, 6), draw(1, 9, 6)
     for method in ("exact", "kernel", "permutation"):
         whole = shapley(curved, X, background, method=method, budget=62).values
-        monkeypatch.setattr(values_module, "ROWS_AT_ONCE", 20)
+        for module in (values_module, functions_module):
+            monkeypatch.setattr(module, "ROWS_AT_ONCE", 20)
         rng_matters = method == "permutation"  # parts draw their orders in turn
         parts = shapley(curved, X, background, method=method, budget=62).values
         monkeypatch.undo()

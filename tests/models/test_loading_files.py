@@ -207,5 +207,6 @@ def test_commands_take_it(nets: Path, tmp_path: Path) -> None:
     assert json.loads(done.stdout)["changed"] > 0, done.stderr
     done = run("diagram", "mine/nets.py:shaped", "--input", "1,1,8,8", "--json")
     assert json.loads(done.stdout)["model"] == "shaped", done.stderr
-    assert "comes without a tokenizer" in said_no_traceback(run("bricks", "mine/nets.py:Net"), 3)
+    done = run("bricks", "mine/nets.py:Net", "--images", "digits", "--functions", "3,7", "--json")
+    assert set(json.loads(done.stdout)["rise"]) == {"3", "7"}, done.stderr
     assert "needs arguments (width)" in said_no_traceback(run("clamp", "mine/nets.py:needs", "0:1=2", "-p", "x"), 3)

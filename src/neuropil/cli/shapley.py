@@ -141,7 +141,7 @@ def _bars() -> Iterator[Callable[[str, int, int], None]]:
 
 def _models(text: str, selector: str | None, task: Task) -> Any:
     """The names, once those that are missing on this machine are said."""
-    from neuropil.interpret._shapley_values import require
+    from neuropil.interpret._shapley_functions import require
 
     known = MODELS[task.value]
     names = list(known) if text == "all" else [name.strip() for name in text.split(",") if name.strip()]

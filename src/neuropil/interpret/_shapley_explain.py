@@ -11,9 +11,10 @@ import numpy as np
 from jaxtyping import Float
 from sklearn.metrics import get_scorer
 
+from neuropil.interpret._shapley_functions import require
 from neuropil.interpret._shapley_importance import directions, importance_agreement, permutation_importance
 from neuropil.interpret._shapley_train import Trained
-from neuropil.interpret._shapley_values import ShapleyValues, require
+from neuropil.interpret._shapley_values import ShapleyValues
 
 if TYPE_CHECKING:
     from neuropil.interpret.shapley import ShapleyWorkflow

@@ -20,7 +20,7 @@ from sklearn.utils import get_tags
 from sklearn.utils.class_weight import compute_sample_weight
 from sklearn.utils.validation import has_fit_parameter
 
-from neuropil.interpret._shapley_values import is_linear, is_tree, is_xgboost, require
+from neuropil.interpret._shapley_functions import is_linear, is_tree, is_xgboost, require
 
 MODELS = ("xgboost", "forest", "svm", "tree", "logistic")
 REGRESSORS = ("xgboost", "forest", "svm", "tree", "ridge")

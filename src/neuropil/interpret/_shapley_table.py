@@ -9,7 +9,7 @@ from jaxtyping import Bool, Float
 from sklearn.utils.validation import check_array
 
 from neuropil.errors import NeuropilError
-from neuropil.interpret._shapley_values import require
+from neuropil.interpret._shapley_functions import require
 
 SPREAD_RATIO = 10.0
 

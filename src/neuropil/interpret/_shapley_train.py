@@ -11,9 +11,10 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 from sklearn.model_selection import GroupKFold, KFold, StratifiedGroupKFold, StratifiedKFold
 
+from neuropil.interpret._shapley_functions import is_linear, is_tree
 from neuropil.interpret._shapley_models import SPACES, ColumnModel, Scorer, Splits, base_model, tuned
 from neuropil.interpret._shapley_select import SelectionPath, forward_selection, strongest
-from neuropil.interpret._shapley_values import ShapleyValues, is_linear, is_tree, shapley
+from neuropil.interpret._shapley_values import ShapleyValues, shapley
 
 
 @dataclass(frozen=True)

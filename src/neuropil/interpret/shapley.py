@@ -68,6 +68,7 @@ from sklearn.utils.validation import (
 )
 
 from neuropil.interpret._shapley_aspects import Aspects, aspects
+from neuropil.interpret._shapley_functions import require
 from neuropil.interpret._shapley_importance import (
     Agreement,
     importance_agreement,
@@ -89,7 +90,7 @@ from neuropil.interpret._shapley_scores import (
 from neuropil.interpret._shapley_select import SelectionPath, forward_selection
 from neuropil.interpret._shapley_table import CohortError, TableEncoder, as_frame, other_units
 from neuropil.interpret._shapley_train import Trained, Trainer
-from neuropil.interpret._shapley_values import ESTIMANDS, ShapleyValues, require, shapley
+from neuropil.interpret._shapley_values import ESTIMANDS, ShapleyValues, shapley
 
 __all__ = [
     "BLACK_BOXES",
