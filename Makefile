@@ -36,7 +36,8 @@ vision: $(VENV)/.dev $(VENV)/.system
 	$(BIN)/neuropil atlas efficientnet-lite0 --out atlases/efficientnet-lite0
 	$(BIN)/neuropil describe efficientnet-lite0 --atlas atlases/efficientnet-lite0
 	$(BIN)/python docs/vision.py atlases/fashion atlases/efficientnet-lite0
-	$(BIN)/python docs/screenshots.py atlases/efficientnet-lite0
+	$(BIN)/python docs/screenshots.py atlases/efficientnet-lite0 --only vision-table,vision-neuron,vision-neuron-phone,diagram-dark
+	$(BIN)/python docs/screenshots.py atlases/fashion --only bricks,diagram
 
 benchmark: $(VENV)/.dev
 	$(BIN)/python benchmarks/decode.py

@@ -55,7 +55,7 @@ def main(fashion: str, efficientnet: str) -> None:
             "n"
         ]
         depth(deep).savefig(HERE / "images" / "vision-depth.png", dpi=130, metadata={"Software": None})
-        exemplars(atlas, 1, every=4).savefig(HERE / "images" / "vision-deep.png", dpi=110, metadata={"Software": None})
+        exemplars(atlas, 1, every=4).savefig(HERE / "images" / "vision-deep.png", dpi=80, metadata={"Software": None})
         photos, most = len(stored(Path(efficientnet)) or ()), max(row["silenced"] for row in deep)
     both = [f"{pair[0]:+.2f}" for pair in ranks.values()]
     text = f"""# The neurons of vision models

@@ -44,8 +44,8 @@ def parts_of(app: FastAPI, facts: Facts, live: Live, page: Any) -> None:
     @app.get("/bricks")
     def bricks(request: Request, site: str = "", function: str = "") -> Response:
         made = facts.bricks
-        numbers = list(made)
-        chosen = int(site) if site.isdecimal() and int(site) in made else (numbers[0] if numbers else 0)
+        telling = [number for number, each in made.items() if any(brick.function for brick in each)]
+        chosen = int(site) if site.isdecimal() and int(site) in made else next(iter([*telling, *made]), 0)
         shown = [b for b in made.get(chosen, []) if not function or b.function == function]
         return page(
             request,
