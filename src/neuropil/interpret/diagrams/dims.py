@@ -90,7 +90,9 @@ def relate(dims: Dims, name: str, target: Any, ins: Many, out: Sequence[int], ar
         _pool(dims, ins[0], out)
     elif name in ("slice", "cat", "narrow", "split", "chunk", "index_select", "pad", "constant_pad_nd", "stack"):
         for one in ins:
-            _each(dims, one, out)
+            if len(one) == len(out):
+                for a, b in zip(one, out, strict=True):
+                    _resized(dims, a, b)
     elif name in ("mean", "sum", "amax", "amin", "var", "std", "argmax", "any", "all", "select", "norm"):
         _reduce(dims, ins[0], out, args)
     elif ins and (name in SAME or torch.Tag.pointwise in getattr(target, "tags", ())):
@@ -201,12 +203,12 @@ def _conv(dims: Dims, name: str, ins: Many, out: Sequence[int]) -> None:
         dims.join(out[1], ins[2][0])
     dims.hint.setdefault(dims.root(out[1]), "c")
     for a, b, c in zip(x[2:], out[2:], w[2:], strict=True):
-        _spatial(dims, a, b)
+        _resized(dims, a, b)
         dims.hint.setdefault(dims.root(c), "k")
 
 
-def _spatial(dims: Dims, a: int, b: int) -> None:
-    """A place in a picture: the same axis where a window keeps the size, else one named after it."""
+def _resized(dims: Dims, a: int, b: int) -> None:
+    """The same axis where its size is kept (a padded window, a slice of another axis), else one named after it."""
     dims.join(a, b)
     if dims.root(a) != dims.root(b):
         root = dims.root(a)
@@ -220,7 +222,7 @@ def _pool(dims: Dims, a: Sequence[int], out: Sequence[int]) -> None:
             dims.join(x, y)
         for x, y in zip(a[2:], out[2:], strict=True):
             if dims.size[y] > 1 or dims.size[x] == 1:
-                _spatial(dims, x, y)
+                _resized(dims, x, y)
 
 
 def _reduce(dims: Dims, a: Sequence[int], out: Sequence[int], args: Sequence[Any]) -> None:
