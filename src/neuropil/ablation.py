@@ -1,5 +1,7 @@
 """What a vision model loses when a neuron is silent: the `ablation` columns of its atlas.
 
+>>> import torch
+>>> from torch import nn
 >>> from neuropil.data import Probe
 >>> from neuropil.models import load
 >>> net = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(4 * 36, 2))
