@@ -1,6 +1,8 @@
 """The verdict of the selective-activation reproduction as a function of rows; its controls, figure and smoke run."""
 
 import math
+from collections.abc import Callable
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -8,9 +10,8 @@ import torch
 from matplotlib.figure import Figure
 from torch import nn
 
-from neuropil.report import Report, Row
+from neuropil.report import Measurement, Report, Row
 from neuropil.reproduce import activating_while_pruning as awp
-from neuropil.reproduce.harness import Meter
 
 ENDS = ("50.0 % left", "10.0 % left", "5.0 % left")
 
@@ -82,9 +83,9 @@ def test_controls_spend_the_same_share_otherwise(rule: str) -> None:
         assert values[gone].min() >= values[base & ~gone & (values < 0)].max()
 
 
-def test_smoke() -> None:
+def test_smoke(measured_by: Callable[[ModuleType], list[Measurement]]) -> None:
     settings = awp.SETTINGS["smoke"]
-    measured = awp.measure("smoke", 0, Meter())
+    measured = measured_by(awp)
     last = awp.kept(settings["cycles"])
     assert measured[0].metric == f"accuracy, {last}"
     values = {(m.name, m.metric): m.value for m in measured}

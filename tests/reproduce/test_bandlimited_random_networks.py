@@ -1,11 +1,13 @@
 """The reproduction of bandlimited random networks: the rule as code, the pieces it measures with, the smoke run."""
 
 import math
+from collections.abc import Callable
+from types import ModuleType
 
 import numpy as np
 import pytest
 
-from neuropil.report import Measurement, Row, aggregate
+from neuropil.report import Measurement, Report, Row, aggregate
 from neuropil.reproduce import bandlimited_random_networks as module
 from neuropil.reproduce.bandlimited_random_networks import (
     ACTIVATIONS,
@@ -83,8 +85,8 @@ def test_the_table_is_split_in_three_and_scaled_by_the_first() -> None:
     assert abs(parts[2][0].mean()) > 1e-6
 
 
-def test_smoke() -> None:
-    report = module.run("smoke")
+def test_smoke(smoke: Callable[[ModuleType], Report]) -> None:
+    report = smoke(module)
     assert all(row.failed == 0 for row in report.rows)
     assert report.row("all", BELOW).mean == 0
     figure = module.figure(report)

@@ -1,13 +1,14 @@
 """The verdict of the BiPer reproduction as a function of rows, its figure, and its measurements in small."""
 
 import math
+from collections.abc import Callable
+from types import ModuleType
 
 import pytest
 from matplotlib.figure import Figure
 
-from neuropil.report import Report, Row
+from neuropil.report import Measurement, Report, Row
 from neuropil.reproduce import biper
-from neuropil.reproduce.harness import Meter
 
 LAYER = f"{biper.wave(biper.CHOSEN)}, layer 3"
 
@@ -48,8 +49,8 @@ def test_one_seed_never_holds() -> None:
     assert biper.verdict(one) == "partly"
 
 
-def test_smoke() -> None:
-    measured = biper.measure("smoke", 0, Meter())
+def test_smoke(measured_by: Callable[[ModuleType], list[Measurement]]) -> None:
+    measured = measured_by(biper)
     accuracies = {m.name: m.value for m in measured if m.metric == biper.ACCURACY}
     assert set(accuracies) == set(biper.ARMS) == set(biper.TUNED)
     assert accuracies[biper.REAL] > 80

@@ -1,6 +1,8 @@
 """The verdict of the bricks reproduction as a function of rows, and its measurements in small."""
 
 import math
+from collections.abc import Callable
+from types import ModuleType
 
 import pytest
 import torch
@@ -8,10 +10,9 @@ from matplotlib.figure import Figure
 from tiny_models import llama
 from torch import Tensor
 
-from neuropil.report import Report, Row
+from neuropil.report import Measurement, Report, Row
 from neuropil.reproduce import _bricks_operations as operations
 from neuropil.reproduce import bricks as claim
-from neuropil.reproduce.harness import Meter
 
 
 def rows(
@@ -68,8 +69,8 @@ def test_training_lowers_the_loss_it_trains_on() -> None:
     assert operations.mean_loss(net, [ids]) < before
 
 
-def test_smoke() -> None:
-    measured = claim.measure("smoke", 0, Meter())
+def test_smoke(measured_by: Callable[[ModuleType], list[Measurement]]) -> None:
+    measured = measured_by(claim)
     found = [Row.of(m.name, m.metric, [m.value], m.unit, m.higher_is_better, m.baseline) for m in measured]
     value = {(row.name, row.metric): row.mean for row in found}
     assert value[claim.NEURONS, claim.OWN] > value[claim.NEURONS, claim.OTHERS]

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from types import ModuleType
+
 import pytest
 import torch
 from matplotlib.figure import Figure
 
 from neuropil.interpret.diagrams import architectures
-from neuropil.report import Report, Row
+from neuropil.report import Measurement, Report, Row
 from neuropil.reproduce import circuit_diagrams as reproduction
 from neuropil.reproduce._circuit_diagrams_bugs import PROGRAMS
-from neuropil.reproduce.harness import Meter
 
 
 def rows(types: float, costs: float, peer: float, flops: float = 0.0, gradient: float = 1e-12) -> list[Row]:
@@ -102,9 +104,9 @@ def test_rewriting_matches_the_peer() -> None:
     assert ours.value <= 100
 
 
-def test_measurements_and_figure() -> None:
+def test_measurements_and_figure(measured_by: Callable[[ModuleType], list[Measurement]]) -> None:
     pytest.importorskip("opt_einsum")
-    found = reproduction.measure("smoke", 0, Meter())
+    found = measured_by(reproduction)
     table = [Row.of(m.name, m.metric, [m.value], m.unit, m.higher_is_better, m.baseline) for m in found]
     verdict = reproduction.verdict(table)
     report = Report(

@@ -1,6 +1,8 @@
 """The verdict of the CoreInfer reproduction as a function of rows, its arms, and its measurements in small."""
 
 import math
+from collections.abc import Callable
+from types import ModuleType
 
 import pytest
 import torch
@@ -9,9 +11,8 @@ from tiny_models import llama
 from torch import Tensor
 
 from neuropil.neurons import capture, find_sites
-from neuropil.report import Report, Row
+from neuropil.report import Measurement, Report, Row
 from neuropil.reproduce import coreinfer as claim
-from neuropil.reproduce.harness import Meter
 
 
 def rows(own: float, random: float, static: float, other: float, rate: float = 1.4, noise: float = 0.01) -> list[Row]:
@@ -65,8 +66,8 @@ def test_the_bound_keeps_each_tokens_largest() -> None:
         assert token[which].min() >= token[~which].max()
 
 
-def test_smoke() -> None:
-    measured = claim.measure("smoke", 0, Meter())
+def test_smoke(measured_by: Callable[[ModuleType], list[Measurement]]) -> None:
+    measured = measured_by(claim)
     found = [Row.of(m.name, m.metric, [m.value], m.unit, m.higher_is_better, m.baseline) for m in measured]
     assert {row.name for row in found if row.metric == claim.rise(0.4)} == set(claim.ARMS)
     value = {row.name: row.mean for row in found if row.metric == claim.rise(0.4)}

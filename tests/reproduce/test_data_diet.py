@@ -1,9 +1,12 @@
 """The verdict on data diets, over rows made by hand, and the parts of its measurement that need no training."""
 
+from collections.abc import Callable
+from types import ModuleType
+
 import pytest
 import torch
 
-from neuropil.report import Row
+from neuropil.report import Report, Row
 from neuropil.reproduce import data_diet
 from neuropil.reproduce.data_diet import ACCURACY, AUC, DROPPED, subsets, verdict
 
@@ -55,9 +58,9 @@ def test_subsets_are_of_the_size_they_say() -> None:
     assert scores["EL2N"][subsets(scores, 0)["50 %: EL2N"]].min() >= scores["EL2N"].median()
 
 
-def test_the_smoke_run_measures_everything_the_figure_needs() -> None:
+def test_the_smoke_run_measures_everything_the_figure_needs(smoke: Callable[[ModuleType], Report]) -> None:
     pytest.importorskip("scipy")
-    report = data_diet.run("smoke")
+    report = smoke(data_diet)
     assert {row.metric for row in report.rows} == {ACCURACY, data_diet.NOISY, AUC, data_diet.RANKS}
     assert report.row("70 %: EL2N", ACCURACY).mean > 30  # of 100; chance is 10
     panel = data_diet.figure(report).axes[2]

@@ -1,14 +1,15 @@
 """The verdict of the DIMAP reproduction as a function of rows, its baselines' masks, its figure, and a run in small."""
 
 import math
+from collections.abc import Callable
+from types import ModuleType
 
 import pytest
 import torch
 from matplotlib.figure import Figure
 
-from neuropil.report import Report, Row
+from neuropil.report import Measurement, Report, Row
 from neuropil.reproduce import dimap
-from neuropil.reproduce.harness import Meter
 
 
 def rows(
@@ -74,9 +75,9 @@ def module_weight(model: torch.nn.Module, name: str) -> torch.Tensor:
     return weight
 
 
-def test_smoke() -> None:
+def test_smoke(measured_by: Callable[[ModuleType], list[Measurement]]) -> None:
     settings = dimap.SETTINGS["smoke"]
-    measured = dimap.measure("smoke", 0, Meter())
+    measured = measured_by(dimap)
     values = {(m.name, m.metric): m.value for m in measured}
     assert measured[0].metric == dimap.shot(50)
     assert values[dimap.DENSE, "top-1, as trained"] > 60

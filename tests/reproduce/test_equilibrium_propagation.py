@@ -1,15 +1,16 @@
 """The verdict of the equilibrium-propagation reproduction as a function of rows, its figure, and it in small."""
 
 import math
+from collections.abc import Callable
+from types import ModuleType
 
 import pytest
 from matplotlib.figure import Figure
 
 from neuropil.data import fashion_mnist
 from neuropil.errors import ModelError
-from neuropil.report import Report, Row
+from neuropil.report import Measurement, Report, Row
 from neuropil.reproduce import equilibrium_propagation as ep
-from neuropil.reproduce.harness import Meter
 
 GOOD = {
     (6, "symmetric", 0.02): 1e-6,
@@ -71,8 +72,8 @@ def test_a_run_that_diverges_is_counted(monkeypatch: pytest.MonkeyPatch) -> None
     assert all(math.isnan(m.value) for m in found)
 
 
-def test_smoke() -> None:
-    measured = ep.measure("smoke", 0, Meter())
+def test_smoke(measured_by: Callable[[ModuleType], list[Measurement]]) -> None:
+    measured = measured_by(ep)
     found = {(m.name, m.metric): m.value for m in measured}
     assert len(found) == len(measured)
     assert found[ep.SYMMETRIC, ep.ANGLE] < 10 < found[ep.UNRELATED, ep.ANGLE]

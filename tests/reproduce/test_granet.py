@@ -1,13 +1,14 @@
 """The verdict of the GraNet reproduction as a function of rows, its figure, and its measurements in small."""
 
 import math
+from collections.abc import Callable
+from types import ModuleType
 
 import pytest
 from matplotlib.figure import Figure
 
-from neuropil.report import Report, Row
+from neuropil.report import Measurement, Report, Row
 from neuropil.reproduce import granet
-from neuropil.reproduce.harness import Meter
 
 WHEN = ("plasticity, pruned after 25 % of training", "plasticity, pruned after 58 % of training")
 
@@ -58,9 +59,9 @@ def test_differences_are_paired_over_seeds() -> None:
     assert error == pytest.approx(1 / math.sqrt(3))
 
 
-def test_smoke() -> None:
+def test_smoke(measured_by: Callable[[ModuleType], list[Measurement]]) -> None:
     settings = granet.SETTINGS["smoke"]
-    measured = granet.measure("smoke", 0, Meter())
+    measured = measured_by(granet)
     accuracies = {m.name: m.value for m in measured if m.metric == granet.ACCURACY}
     assert set(accuracies) == set(granet.TUNED)
     assert accuracies[granet.DENSE] > 90

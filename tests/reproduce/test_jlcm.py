@@ -1,13 +1,14 @@
 """The verdict of the codebook reproduction as a function of rows, its figure, its measurements in small."""
 
 import math
+from collections.abc import Callable
+from types import ModuleType
 
 import pytest
 from matplotlib.figure import Figure
 
-from neuropil.report import Report, Row
+from neuropil.report import Measurement, Report, Row
 from neuropil.reproduce import jlcm
-from neuropil.reproduce.harness import Meter
 from neuropil.reproduce.jlcm import ALONE, BITS, BOOKS, INVERSE, ONE, PLAIN
 
 
@@ -53,8 +54,8 @@ def test_one_seed_never_holds() -> None:
     assert jlcm.verdict(one) == "partly"
 
 
-def test_smoke() -> None:
-    measured = jlcm.measure("smoke", 0, Meter())
+def test_smoke(measured_by: Callable[[ModuleType], list[Measurement]]) -> None:
+    measured = measured_by(jlcm)
     found = {(m.name, m.metric): m.value for m in measured}
     for bits in BITS:
         errors = {name: found[name, jlcm.error_at(bits)] for name in jlcm.ARMS}

@@ -1,13 +1,15 @@
 """The reproduction of KAT: the rule as code, equal sizes, equal batches, and the smoke run."""
 
 import math
+from collections.abc import Callable
+from types import ModuleType
 
 import pytest
 import torch
 from torch import nn
 
 from neuropil.layers.bspline_kan import BSplineKAN
-from neuropil.report import Measurement, aggregate
+from neuropil.report import Measurement, Report, aggregate
 from neuropil.reproduce import kat as module
 from neuropil.reproduce.kat import ACCURACY, EARLY, GELU, GROUPS, OURS, SPLINES, TORCH, VARIANTS, accuracy, network
 
@@ -65,8 +67,8 @@ def test_accuracy() -> None:
     assert math.isnan(accuracy(nn.Identity(), x / 0, y))
 
 
-def test_smoke() -> None:
-    report = module.run("smoke")
+def test_smoke(smoke: Callable[[ModuleType], Report]) -> None:
+    report = smoke(module)
     assert report.verdict in ("partly", "does not hold")  # one seed cannot tell
     assert all(row.failed == 0 for row in report.rows)
     assert {row.name for row in report.rows if row.metric == ACCURACY} == {*VARIANTS, *GROUPS}

@@ -1,12 +1,14 @@
 """The reproduction of layer normalization: the rule as code, equal starts, the baselines, and the smoke run."""
 
 import math
+from collections.abc import Callable
+from types import ModuleType
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from neuropil.report import Measurement, aggregate
+from neuropil.report import Measurement, Report, aggregate
 from neuropil.reproduce import layer_normalization as module
 from neuropil.reproduce._layer_normalization_networks import RecurrentBatchNorm, dense, network
 from neuropil.reproduce.layer_normalization import SHARE, Trained, feed_forward, verdict
@@ -86,8 +88,8 @@ def test_batch_norm_cannot_train_on_one_image() -> None:
         dense("batch norm", 8, 1, 0)(torch.randn(1, 784))
 
 
-def test_smoke() -> None:
-    report = module.run("smoke")
+def test_smoke(smoke: Callable[[ModuleType], Report]) -> None:
+    report = smoke(module)
     assert report.verdict in ("holds", "partly", "does not hold")
     assert report.row("LSTM", SHARE).mean == 100
     assert report.row("batch norm", "test loss, 1 image a batch").failed == 1

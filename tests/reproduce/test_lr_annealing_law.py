@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Callable
+from types import ModuleType
 
 import numpy as np
 import pytest
@@ -11,9 +13,8 @@ import torch
 from matplotlib.figure import Figure
 
 from neuropil.measure import lr_schedules as lr
-from neuropil.report import Report, Row
+from neuropil.report import Measurement, Report, Row
 from neuropil.reproduce import lr_annealing_law as reproduction
-from neuropil.reproduce.harness import Meter
 from neuropil.reproduce.lr_annealing_law import ALL, BARE, BLIND, FINAL, LAW, NONE, PEER, SETTINGS, Laboratory
 
 
@@ -60,9 +61,9 @@ def test_a_run_continued_from_the_trunk_is_the_run_from_the_start() -> None:
     torch.testing.assert_close(whole.optimizer.param_groups[0]["lr"], float(rates[-1]))
 
 
-def test_smoke() -> None:
+def test_smoke(measured_by: Callable[[ModuleType], list[Measurement]]) -> None:
     settings = SETTINGS["smoke"]
-    measured = reproduction.measure("smoke", 0, Meter())
+    measured = measured_by(reproduction)
     assert measured[0].metric == ALL
     table = {(m.name, m.metric): m for m in measured}
     for name in (LAW, BARE, BLIND, PEER, NONE):

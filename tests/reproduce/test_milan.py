@@ -1,14 +1,15 @@
 """The verdict of the MILAN reproduction as a function of rows, its printed letters, and its measurements in small."""
 
 import math
+from collections.abc import Callable
+from types import ModuleType
 
 import pytest
 import torch
 from matplotlib.figure import Figure
 
-from neuropil.report import Report, Row
+from neuropil.report import Measurement, Report, Row
 from neuropil.reproduce import milan as claim
-from neuropil.reproduce.harness import Meter
 
 
 def rows(wpmi: float, likely: float, label: float, text: float, chance: float, noise: float = 0.5) -> list[Row]:
@@ -54,8 +55,8 @@ def test_names_are_printed_where_they_should_be() -> None:
     assert torch.equal(out[:10, :, 16:30, 2:30], images[:10, :, 14:])
 
 
-def test_smoke() -> None:
-    measured = claim.measure("smoke", 0, Meter())
+def test_smoke(measured_by: Callable[[ModuleType], list[Measurement]]) -> None:
+    measured = measured_by(claim)
     found = [Row.of(m.name, m.metric, [m.value], m.unit, m.higher_is_better, m.baseline) for m in measured]
     value = {(row.name, row.metric): row.mean for row in found}
     assert value[claim.WPMI, claim.F1] > value[claim.CHANCE, claim.F1]

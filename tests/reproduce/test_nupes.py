@@ -1,14 +1,15 @@
 """The verdict of the NUPES reproduction as a function of rows, its figure, and its measurements in small."""
 
 import math
+from collections.abc import Callable
+from types import ModuleType
 
 import pytest
 import torch
 from matplotlib.figure import Figure
 
-from neuropil.report import Report, Row
+from neuropil.report import Measurement, Report, Row
 from neuropil.reproduce import nupes
-from neuropil.reproduce.harness import Meter
 
 
 def rows(tensor: float, channel: float, three: float, two: float, noise: float = 0.02) -> list[Row]:
@@ -81,8 +82,8 @@ def test_every_method_keeps_the_ends_in_eight_bits() -> None:
         assert inputs == [8, 4, 4, 4, 4, 8]
 
 
-def test_smoke() -> None:
-    measured = nupes.measure("smoke", 0, Meter())
+def test_smoke(measured_by: Callable[[ModuleType], list[Measurement]]) -> None:
+    measured = measured_by(nupes)
     found = [Row.of(m.name, m.metric, [m.value], m.unit, m.higher_is_better, m.baseline) for m in measured]
     assert {r.name for r in found if r.metric == nupes.accurate(2, None)} == set(nupes.LEARNERS)
     assert next(r for r in found if (r.name, r.metric) == (nupes.FULL, "accuracy")).mean > 85

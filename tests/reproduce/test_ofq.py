@@ -1,13 +1,14 @@
 """The verdict of the OFQ reproduction as a function of rows, its figure, and its measurements in small."""
 
 import math
+from collections.abc import Callable
+from types import ModuleType
 
 import pytest
 from matplotlib.figure import Figure
 
-from neuropil.report import Report, Row
+from neuropil.report import Measurement, Report, Row
 from neuropil.reproduce import ofq
-from neuropil.reproduce.harness import Meter
 
 
 def rows(share: float, *ladder: float, noise: float = 0.02) -> list[Row]:
@@ -48,8 +49,8 @@ def test_annealing_stills_the_regression() -> None:
     assert ofq.regression(ofq.ANNEALED, 300, 0) < 0.2 * ofq.regression(ofq.STATS, 300, 0)
 
 
-def test_smoke() -> None:
-    measured = ofq.measure("smoke", 0, Meter())
+def test_smoke(measured_by: Callable[[ModuleType], list[Measurement]]) -> None:
+    measured = measured_by(ofq)
     accuracies = {m.name: m.value for m in measured if m.metric == ofq.ACCURACY}
     assert set(accuracies) == {ofq.FULL, *ofq.ARMS} == set(ofq.TUNED)
     assert accuracies[ofq.FULL] > 50

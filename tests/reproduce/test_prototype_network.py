@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from types import ModuleType
 
 import numpy as np
 import pytest
 from matplotlib.figure import Figure
 from sklearn.neighbors import NearestCentroid
 
-from neuropil.report import Report, Row
+from neuropil.report import Measurement, Report, Row
 from neuropil.reproduce import prototype_network as module
-from neuropil.reproduce.harness import Meter
 
 
 def rows(lost: float, no_r1: float, no_r2: float, neither: tuple[float, float]) -> list[Row]:
@@ -71,8 +72,8 @@ def test_nearest_mean_is_scikit_learns_and_takes_codes_that_have_fallen_together
     assert module.nearest_mean(zeros[:60], labels[:60], zeros[60:], labels[60:]) == pytest.approx(1 / 3)
 
 
-def test_smoke() -> None:
-    measured = module.measure("smoke", 0, Meter())
+def test_smoke(measured_by: Callable[[ModuleType], list[Measurement]]) -> None:
+    measured = measured_by(module)
     accuracies = {m.name: m.value for m in measured if m.metric == module.ACCURACY}
     assert set(accuracies) == {*module.ARMS, module.KNN}
     assert accuracies[module.PLAIN] > 50

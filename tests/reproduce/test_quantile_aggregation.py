@@ -1,7 +1,9 @@
 """The verdict of the quantile reproduction as a function of rows, its tables, simulation and figure, in small."""
 
 import math
+from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import pytest
@@ -9,10 +11,9 @@ from matplotlib.figure import Figure
 
 from neuropil.errors import MissingAsset, ModelError
 from neuropil.measure import pinball
-from neuropil.report import Report, Row
+from neuropil.report import Measurement, Report, Row
 from neuropil.reproduce import _quantile_tables as tables
 from neuropil.reproduce import quantile_aggregation as reproduction
-from neuropil.reproduce.harness import Meter
 
 
 def rows(ours: float, simulated: float = 85.0, raised: float = 0.0, noise: float = 0.1) -> list[Row]:
@@ -101,8 +102,8 @@ def test_a_wheel_that_is_missing_or_damaged_is_named(tmp_path: Path, monkeypatch
         tables.table("wage")
 
 
-def test_smoke() -> None:
-    measured = reproduction.measure("smoke", 0, Meter())
+def test_smoke(measured_by: Callable[[ModuleType], list[Measurement]]) -> None:
+    measured = measured_by(reproduction)
     value = {(m.name, m.metric): m.value for m in measured}
     assert value[reproduction.AVERAGE, reproduction.REAL] == pytest.approx(100)
     assert value[reproduction.DQA, reproduction.SIMULATED] < 95

@@ -1,13 +1,14 @@
 """The verdict on the quantization survey as a function of rows, its figure, its measurements in small."""
 
 import math
+from collections.abc import Callable
+from types import ModuleType
 
 import pytest
 from matplotlib.figure import Figure
 
-from neuropil.report import Report, Row
+from neuropil.report import Measurement, Report, Row
 from neuropil.reproduce import quantization_survey as survey
-from neuropil.reproduce.harness import Meter
 
 
 def rows(wrong: tuple[str, ...] = (), lost: float = 0.2, values: int = 3) -> list[Row]:
@@ -61,8 +62,8 @@ def test_differences_are_paired_over_seeds() -> None:
     assert error == pytest.approx(1 / math.sqrt(3))
 
 
-def test_smoke() -> None:
-    measured = survey.measure("smoke", 0, Meter())
+def test_smoke(measured_by: Callable[[ModuleType], list[Measurement]]) -> None:
+    measured = measured_by(survey)
     accuracy = {m.name: m.value for m in measured if m.metric == survey.ACCURACY}
     assert {name for found, _ in survey.STATEMENTS.values() for pair in found for name in pair} <= set(accuracy)
     assert accuracy[survey.FLOAT] > 90

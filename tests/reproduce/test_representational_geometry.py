@@ -1,11 +1,13 @@
 """The reproduction of representational geometry: the rule as code, its cells, the smoke run."""
 
 import math
+from collections.abc import Callable
+from types import ModuleType
 
 import numpy as np
 import pytest
 
-from neuropil.report import Measurement, Row, aggregate
+from neuropil.report import Measurement, Report, Row, aggregate
 from neuropil.reproduce import representational_geometry as module
 from neuropil.reproduce.representational_geometry import (
     ALL,
@@ -143,8 +145,8 @@ def test_the_cells_of_a_seed() -> None:
     assert [f.name for f in module.functions(ALL)] == list(ALL)
 
 
-def test_smoke() -> None:
-    report = module.run("smoke")
+def test_smoke(smoke: Callable[[ModuleType], Report]) -> None:
+    report = smoke(module)
     table = module.Table(report.rows)
     assert table.of(MAIN, "tanh", REACHED).all()
     assert table.apart(MAIN, TARGET)[0] > 0.1

@@ -1,6 +1,8 @@
 """The verdict of the Shapley reproduction as a function of rows, its simulated clinic, and all of it in small."""
 
 import math
+from collections.abc import Callable
+from types import ModuleType
 
 import numpy as np
 import pytest
@@ -8,10 +10,9 @@ from matplotlib.figure import Figure
 
 from neuropil.errors import MissingAsset
 from neuropil.interpret.shapley import aspects
-from neuropil.report import Report, Row
+from neuropil.report import Measurement, Report, Row
 from neuropil.reproduce import _shapley_workflow_cohorts as cohorts
 from neuropil.reproduce import shapley_workflow as reproduction
-from neuropil.reproduce.harness import Meter
 
 
 def rows(
@@ -102,8 +103,8 @@ def test_no_row_is_trained_on_and_tested(name: str) -> None:
     assert 0.05 < study.y.mean() < 0.95
 
 
-def test_smoke() -> None:
-    measured = list(reproduction.measure("smoke", 0, Meter()))
+def test_smoke(measured_by: Callable[[ModuleType], list[Measurement]]) -> None:
+    measured = measured_by(reproduction)
     value = {(m.name, m.metric): m.value for m in measured}
     for model in (reproduction.BLACK, reproduction.READABLE):
         assert value[model, reproduction.accuracy("clinic, CN vs AD")] > 75

@@ -2,16 +2,17 @@
 
 import math
 import warnings
+from collections.abc import Callable
+from types import ModuleType
 
 import pytest
 import torch
 from matplotlib.figure import Figure
 
 from neuropil.compress.support import BernoulliPrior
-from neuropil.report import Report, Row
+from neuropil.report import Measurement, Report, Row
 from neuropil.reproduce import _turbo_vbi_regression as regression
 from neuropil.reproduce import turbo_vbi
-from neuropil.reproduce.harness import Meter
 
 
 def rows(run: float, index: float, accuracy: float, support: float, noise: float = 0.02) -> list[Row]:
@@ -70,10 +71,10 @@ def test_scores_of_a_support() -> None:
     assert float(regression.error(torch.tensor([[1.0, 1.0]]), torch.tensor([[1.0, 0.0]]))) == 1
 
 
-def test_smoke() -> None:
+def test_smoke(measured_by: Callable[[ModuleType], list[Measurement]]) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # group variational dropout loses whole layers here
-        measured = turbo_vbi.measure("smoke", 0, Meter())
+        measured = measured_by(turbo_vbi)
     found = [Row.of(m.name, m.metric, [m.value], m.unit, m.higher_is_better, m.baseline) for m in measured]
     said = Report(
         "turbo-vbi", "t", turbo_vbi.CLAIM, turbo_vbi.RULE, turbo_vbi.verdict(found), tuple(found), (), (0,), "smoke",

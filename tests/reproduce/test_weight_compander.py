@@ -1,6 +1,8 @@
 """The verdict of the weight compander's reproduction as a function of rows, its controls, and its figure in small."""
 
 import math
+from collections.abc import Callable
+from types import ModuleType
 
 import pytest
 import torch
@@ -8,9 +10,8 @@ from matplotlib.figure import Figure
 from torch import nn
 from torch.nn.utils import parametrize
 
-from neuropil.report import Report, Row
+from neuropil.report import Measurement, Report, Row
 from neuropil.reproduce import weight_compander as wc
-from neuropil.reproduce.harness import Meter
 
 
 def rows(gain: float, over_rate: float, spread: float, second: float | None = None, noise: float = 0.02) -> list[Row]:
@@ -98,8 +99,8 @@ def test_a_trained_network_is_plain(method: str) -> None:
     assert not model.training
 
 
-def test_smoke() -> None:
-    measured = wc.measure("smoke", 0, Meter())
+def test_smoke(measured_by: Callable[[ModuleType], list[Measurement]]) -> None:
+    measured = measured_by(wc)
     assert {m.name for m in measured} == {name for names in wc.METHODS.values() for name in names}
     assert {m.name for m in measured if not m.baseline} == {wc.FIXED, wc.STRONG, wc.LEARNED}
     found = [Row.of(m.name, m.metric, [m.value], m.unit, m.higher_is_better, m.baseline) for m in measured]
