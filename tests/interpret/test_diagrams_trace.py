@@ -209,6 +209,16 @@ def test_axes_are_named() -> None:
         circuit_diagram(module, example, names=["a a"])
 
 
+def test_a_padded_map_keeps_its_names_and_batch_norm_reads_channels() -> None:
+    net = nn.Sequential(nn.ZeroPad2d(1), nn.Conv2d(3, 8, 3, 2), nn.BatchNorm2d(8), nn.ReLU()).eval()
+    circuit = circuit_diagram(net, torch.zeros(1, 3, 6, 8), names=["batch c h w"])
+    blocks = [step.op for step in circuit.diagram.steps]
+    assert [op.cod[0].names for op in blocks[:2]] == [("batch", "c", "h8", "w10"), ("batch", "c8", "h3", "w4")]
+    assert blocks[2].body is not None
+    [norm] = [step.op for step in blocks[2].body.steps if step.op.over]
+    assert set(norm.over) == {"batch", "h3", "w4"}
+
+
 def test_shared_weights_count_once() -> None:
     class Tied(nn.Module):
         def __init__(self) -> None:

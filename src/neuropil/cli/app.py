@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import logging
 import os
 import sys
 import traceback
@@ -165,6 +166,8 @@ def _quiet_libraries() -> None:
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
         os.environ.setdefault("TQDM_DISABLE", "1")
         warnings.simplefilter("ignore")
+        for name in ("torchao", "torch.utils._pytree"):  # of kernels for other machines, when transformers imports it
+            logging.getLogger(name).setLevel(logging.ERROR)
 
 
 def examples(*lines: str) -> str:

@@ -381,7 +381,9 @@ def _over(record: Record, dom: Sequence[Array], cod: Sequence[Array]) -> tuple[s
         found = out[: len(out) - len(record.args[1])]
     elif name == "embedding":
         found = dom[1].names
-    elif torch.Tag.pointwise in getattr(record.target, "tags", ()) or name == "batch_norm":
+    elif name == "batch_norm":  # a scale and a shift for each channel
+        found = out[:1] + out[2:]
+    elif torch.Tag.pointwise in getattr(record.target, "tags", ()):
         found = out
     elif name in ("mean", "sum", "amax", "amin"):
         found = tuple(n for n in out if n in dom[0].names)
