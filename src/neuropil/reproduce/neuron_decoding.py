@@ -63,7 +63,7 @@ NOTES = (
 )
 SEEDS: dict[Scale, tuple[int, ...]] = {"smoke": (0,), "default": (3, 4, 5), "paper": (3, 4, 5, 6, 7)}
 SETTINGS: dict[Scale, dict[str, Any]] = {
-    "smoke": {"layers": (0, 28, 29), "null": 300, "neurons": 40, "concepts": 6, "steps": 1, "tokens": 8},
+    "smoke": {"layers": (0, 28, 29), "null": 300, "neurons": 40, "concepts": 6, "steps": 1, "tokens": 8, "prompts": 2},
     "default": {"layers": None, "null": 2000, "neurons": 200, "concepts": 30, "steps": 15, "tokens": 24},
     "paper": {"layers": None, "null": 2000, "neurons": 200, "concepts": 100, "steps": 200, "tokens": 60},
 }
@@ -237,13 +237,13 @@ def causality(model: Model, settings: dict[str, Any], generator: torch.Generator
     tokens = [steer.token_of(model, CONCEPTS[w]) for w in words]
     picks = {name: steer.score(triples, rule, hubs)[:, words].argmax(0) for name, rule in RULES.items()}
     picks[RANDOM] = _matched(sites(model, layers), model, picks["triple rule"], generator)
-    picks[ACTIVE] = np.abs(_standing_out(model, layers)[:, words]).argmax(0)
+    picks[ACTIVE] = np.abs(_standing_out(model, layers, settings.get("prompts"))[:, words]).argmax(0)
     signs = {name: np.sign(triples["down"][pick, words]) for name, pick in picks.items()}
     picks["|cos_up|, sign of cos_up"] = picks["|cos_up|"]
     signs["|cos_up|, sign of cos_up"] = np.sign(triples["up"][picks["|cos_up|"], words])
     gains: dict[tuple[str, str], list[np.ndarray]] = {}
     for topic, prompts in ((NEUTRALLY, NEUTRAL), (ON_TOPIC, ABOUT)):
-        for prompt in prompts:
+        for prompt in prompts[: settings.get("prompts")]:
             for name, change in _changes(model, prompt, words, tokens, picks, signs, names).items():
                 gains.setdefault((name, topic), []).append(change)
                 gains.setdefault((name, ALL), []).append(change)
@@ -264,13 +264,13 @@ def _matched(chosen: Sequence[Site], model: Model, places: np.ndarray, generator
 
 
 @lru_cache(maxsize=1)
-def _standing_out(model: Model, layers: tuple[int, ...] | None) -> np.ndarray:
+def _standing_out(model: Model, layers: tuple[int, ...] | None, prompts: int | None) -> np.ndarray:
     """How far each neuron's activation on prompts about a concept stands out among the concepts, `[neurons, words]`.
 
     At the last token, in standard deviations over the concepts, the mean over the prompts.
     """
     chosen, marks = sites(model, layers), []
-    for prompt in ABOUT:
+    for prompt in ABOUT[:prompts]:
         texts = [prompt.format(word) for word in CONCEPTS]  # one token a concept, so all are of one length
         with torch.no_grad(), capture(model.module(), chosen) as seen:
             model.module()(**model.tokenizer(texts, return_tensors="pt"), use_cache=False)
