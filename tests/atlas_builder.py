@@ -107,6 +107,8 @@ def main() -> None:
             sys.stdin.readline()
     elif what == "kill":
         kill(folder, int(rest[0]))
+    if torch.distributed.is_initialized():  # else its threads may still run when the program ends, which aborts it
+        torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":
