@@ -61,6 +61,21 @@ def test_rows_are_neurons_and_values_come_back(tiny: Path) -> None:
                 assert row["up_scores"] == given_["up_scores"][i].tolist()
 
 
+def test_some_sites_are_added_and_the_rest_later(tmp_path: Path) -> None:
+    called: list[int] = []
+
+    def compute(site: Any) -> dict[str, Any]:
+        called.append(site.number)
+        return columns(site)
+
+    with Atlas.create(tmp_path / "atlas", CHAIN) as atlas:
+        assert atlas.add("mine", compute, sites=CHAIN.sites[2:4], progress=False) == 2
+        assert atlas.add("mine", compute, sites=CHAIN.sites[3:5], progress=False) == 1
+        assert called == [2, 3, 4]
+        assert atlas.add("mine", compute, progress=False) == len(CHAIN.sites) - 3
+        assert sorted(called) == [site.number for site in CHAIN.sites]
+
+
 def test_sites_survive_the_manifest(tiny: Path) -> None:
     with Atlas.open(tiny) as atlas:
         assert atlas.sites == tiny_model().sites

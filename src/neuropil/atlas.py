@@ -203,14 +203,16 @@ class Atlas:
         settings: Mapping[str, Any] | None = None,
         method: str = "",
         types: Mapping[str, pa.DataType] | None = None,
+        sites: Sequence[Site] | None = None,
         progress: bool = True,
         overwrite: bool = False,
     ) -> int:
         """Add a group of columns; gives the number of parts that this call wrote, over all ranks.
 
         `compute(site)` gives column name -> tensor, array or list, one entry a neuron; it is called only for
-        sites whose part is missing, so that a stopped run goes on where it was. Or give the values
-        themselves, as `{site name: {column: values}}`. `settings` are what the values depend on; they are
+        sites whose part is missing (of `sites`, where given), so that a stopped run goes on where it was. Or
+        give the values themselves, as `{site name: {column: values}}`. `settings` are what the values depend on; they
+        are
         kept in the manifest. `types` fixes the Arrow types of columns given as lists. Under
         `torch.distributed` every rank calls `add`, and the sites are dealt out over the ranks.
 
@@ -227,7 +229,8 @@ class Atlas:
 
         def begin() -> list[int]:
             self._begin(group, settings, method, overwrite)
-            return self._todo(group, direct, types or {})
+            todo = self._todo(group, direct, types or {})
+            return todo if sites is None else [n for n in todo if n in {site.number for site in sites}]
 
         todo: list[int] = ranks.first(begin)
         mine = set(todo[ranks.rank :: ranks.size])

@@ -16,7 +16,6 @@ from neuropil.cli.output import Column
 from neuropil.errors import ModelError, NeuropilError
 
 if TYPE_CHECKING:
-    from neuropil.atlas import Atlas
     from neuropil.data import Probe
     from neuropil.interpret.milan import MILAN, Description, ExemplarSet
     from neuropil.interpret.milan.sheet import Shown
@@ -150,7 +149,6 @@ def _shown(loaded: Model, images: str | None, atlas: Path | None) -> tuple[Shown
     from neuropil.build import kept_probe, probe_for
     from neuropil.data.images import SETS
     from neuropil.interpret.milan.sheet import Pictures, Shown
-    from neuropil.models.pictures import as_images
     from neuropil.vision import prepared
 
     if images is not None and images not in ("photos", *SETS):
@@ -160,7 +158,7 @@ def _shown(loaded: Model, images: str | None, atlas: Path | None) -> tuple[Shown
             raise typer.BadParameter(
                 f"{images} is no folder; give one of pictures, or {expected}.", param_hint="IMAGES"
             )
-        wanted = loaded.image_input or as_images(loaded.skeleton)
+        wanted = loaded.takes_images
         if wanted is None:
             raise ModelError(f"{loaded.name} ({loaded.architecture}) takes no images, so none drive its units")
         wanted = wanted.fitted((224, 224))
@@ -228,20 +226,21 @@ def _kept(
     from neuropil.atlas import Atlas
     from neuropil.interpret.milan import as_columns
 
-    with Atlas.create(path, loaded) as atlas:
-        atlas.add("milan", {}, settings=settings, method="interpret.milan", overwrite=overwrite)
-        there = _sites(atlas)
-        missing = [site for site in layers if site.number not in there]
-        if there:
-            output.note(f"{path} has {output.plural(len(layers) - len(missing), 'layer')} of {len(layers)} described")
+    def described() -> int:
+        return sum(1 for _ in (path / "parts" / "milan").glob("*.parquet"))
 
-        def stopped() -> str:
-            return f"Stopped. {path} keeps {output.plural(len(_sites(atlas)), 'layer')}; the same command goes on."
-
-        with interruptible(stopped):
-            for site in missing:
-                columns = {site.name: as_columns(*describe(site))}
-                atlas.add("milan", columns, settings=settings, method="interpret.milan", progress=False)
+    with (
+        Atlas.create(path, loaded) as atlas,
+        interruptible(
+            lambda: f"Stopped. {path} keeps {output.plural(described(), 'layer')}; the same command goes on."
+        ),
+    ):
+        written = atlas.add(
+            "milan", lambda site: as_columns(*describe(site)), settings=settings, method="interpret.milan",
+            sites=layers, progress=False, overwrite=overwrite,
+        )  # fmt: skip
+        if written < len(layers):
+            output.note(f"{path} had {output.plural(len(layers) - written, 'layer')} of {len(layers)} described")
         rows = atlas.query(
             "SELECT neurons.module AS layer, m.index AS unit, m.dead, m.description, m.description_score AS score "
             "FROM milan AS m JOIN neurons USING (site, index) WHERE list_contains($sites, m.site) "
@@ -253,13 +252,6 @@ def _kept(
             "units": rows,
             "columns": [f"milan_{name}" if f"milan_{name}" in atlas.columns else name for name in names],
         }
-
-
-def _sites(atlas: Atlas) -> set[int]:
-    """Numbers of the sites that are described."""
-    if not any((atlas.path / "parts" / "milan").glob("*.parquet")):
-        return set()
-    return set(atlas.query("SELECT DISTINCT site FROM milan")["site"].to_pylist())
 
 
 def _show(facts: dict[str, Any]) -> None:
