@@ -23,6 +23,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from neuropil._taps import tapped
+from neuropil.data.probes import spaced
 from neuropil.errors import ModelError
 from neuropil.evaluate import scores
 from neuropil.neurons import Site
@@ -57,7 +58,7 @@ class Ablation:
         count = min(MANY, len(images))
         if cost * count * neurons > budget:
             count = min(FEW, len(images))
-        self.chosen = [i * len(images) // count for i in range(count)]
+        self.chosen = spaced(len(images), count)
         self.most = max(1, int(budget / (cost * count * sites)))
         self.settings = {**images.settings, "budget": budget, "ablated_on": count, "neurons_a_site": self.most}
         self._estimates: dict[str, Tensor] = {}

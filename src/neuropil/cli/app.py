@@ -74,6 +74,11 @@ def interruptible(message: Callable[[], str]) -> Iterator[None]:
         raise Interrupted(message()) from stop
 
 
+def told(error: Exception) -> Exception:
+    """What a method refuses, as an error that ends a command with its sentence."""
+    return error if isinstance(error, errors.NeuropilError) else errors.NeuropilError(str(error))
+
+
 def _fail(message: str, code: int, error: BaseException | None = None) -> typer.Exit:
     console = output.errors()
     wide = not console.is_terminal  # in a pipe or a log, one line stays one line

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import warnings
-from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -12,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from neuropil.cli import output
-from neuropil.cli.app import ANY_MODEL, MODEL, AsJson, command, interruptible
+from neuropil.cli.app import ANY_MODEL, MODEL, AsJson, command, interruptible, told
 from neuropil.cli.atlas import load_model
 from neuropil.cli.output import Column
 
@@ -129,7 +128,7 @@ def bricks(
                 output.note(message, style="yellow")
             matrix, control = _pruned(loaded, found, data, share, how, seed)
     except ValueError as error:
-        raise _said(error) from error
+        raise told(error) from error
     settings = {"functions": list(data.train), "bricks": max(parts.counts.values()), "method": parts.method,
                 **data.settings, "top": data.top or share, "seed": seed}  # fmt: skip
     columns = None if atlas is None else _add(atlas, loaded, parts, found, tested, settings)
@@ -138,12 +137,6 @@ def bricks(
     if columns is not None:
         facts["columns"] = columns
     output.as_json(facts) if as_json else _show(facts, matrix, control, data.unit)
-
-
-def _said(error: ValueError) -> Exception:
-    from neuropil.errors import NeuropilError
-
-    return error if isinstance(error, NeuropilError) else NeuropilError(str(error))
 
 
 def _names(functions: str) -> list[str]:
@@ -155,9 +148,7 @@ def _names(functions: str) -> list[str]:
 
 def _sees(loaded: Model, images: str | None, sequences: int, length: int) -> bool:
     """Whether the functions are classes of images; options that do not fit are refused."""
-    from neuropil.models.pictures import as_images
-
-    sees = loaded.image_input is not None or (images is not None and as_images(loaded.skeleton) is not None)
+    sees = loaded.image_input is not None or (images is not None and loaded.takes_images is not None)
     if images is not None and not sees:
         raise typer.BadParameter(
             f"{loaded.name} takes no images; its functions are kinds of text (--functions).", param_hint="--images"
@@ -312,10 +303,5 @@ def _each(facts: dict[str, Any], matrix: PruningMatrix, control: PruningMatrix) 
 
 def _left(left: dict[str, str]) -> str:
     """Which layers could not be dealt into bricks, and why."""
-    reasons: dict[str, list[str]] = defaultdict(list)
-    for name, why in left.items():
-        reasons[why].append(name)
-    return "; ".join(
-        f"{output.plural(len(names), 'layer')} ({names[0]}{' …' if len(names) > 1 else ''}): {why}"
-        for why, names in reasons.items()
-    )
+    reasons = output.by_reason(left).items()
+    return "; ".join(f"{output.plural(len(names), 'layer')} ({output.first(names)}): {why}" for why, names in reasons)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from neuropil.cli import output
-from neuropil.cli.app import ANY_MODEL, AsJson, command, interruptible
+from neuropil.cli.app import ANY_MODEL, AsJson, command, interruptible, told
 from neuropil.cli.atlas import load_model, size
 from neuropil.cli.output import Column
 
@@ -93,7 +92,7 @@ def compress(
     loaded = load_model(model)
     whole = loaded.module()
     wanted = recipes.RECIPES[method].data != "none"
-    if images is not None and not _takes_images(loaded):
+    if images is not None and loaded.takes_images is None:
         raise typer.BadParameter(f"{model} takes no images: --images is of vision models.", param_hint="--images")
     data = _data(loaded, images, wanted) if evaluate or wanted else None
     settings: dict[str, Any] = {"bits": bits, "group": group, "sparsity": sparsity, "skip": tuple(skip or ())}
@@ -103,7 +102,7 @@ def compress(
             given: dict[str, Any] = {"calibration": calibration, "example": _example(loaded), "progress": True}
             changes = recipes.compress(whole, method, **given, **settings)
     except ValueError as error:
-        raise _said(error) from error
+        raise told(error) from error
     facts = _facts(loaded, changes, method)
     if data is not None and evaluate:
         with interruptible(lambda: "Stopped while measuring; nothing was written."):
@@ -121,12 +120,6 @@ def compress(
     if atlas is not None:
         facts["columns"] = _add_columns(atlas, loaded, changes, method, settings, calibration)
     output.as_json(facts) if as_json else _show(facts, changes, loaded)
-
-
-def _said(error: Exception) -> Exception:
-    from neuropil.errors import NeuropilError
-
-    return error if isinstance(error, NeuropilError) else NeuropilError(str(error))
 
 
 def _listed(as_json: bool) -> None:
@@ -167,12 +160,6 @@ def _example(loaded: Model) -> Any:
     return None
 
 
-def _takes_images(loaded: Model) -> bool:
-    from neuropil.models.pictures import as_images
-
-    return loaded.image_input is not None or as_images(loaded.skeleton) is not None
-
-
 Measure = Callable[[Any, Any], dict[str, Any]]  # of the model before and after
 
 
@@ -185,6 +172,7 @@ def _data(loaded: Model, images: str | None, calibrates: bool) -> tuple[list[Any
 
 def _images(loaded: Model, images: str | None, calibrates: bool) -> tuple[list[Any], Measure] | None:
     from neuropil.build import probe_for
+    from neuropil.data.probes import spaced
     from neuropil.errors import MissingAsset, ModelError
     from neuropil.vision import inputs
 
@@ -194,12 +182,11 @@ def _images(loaded: Model, images: str | None, calibrates: bool) -> tuple[list[A
         _tried(loaded, test)
     except (ModelError, ValueError) as error:
         if images is not None and not isinstance(error, MissingAsset):
-            raise _said(error) from error
+            raise told(error) from error
         output.note(f"no images to measure on: {error}")
         return None
     most = max(1, PIXELS // calibration.pixels[0, 0].numel())
-    if len(calibration) > most:
-        calibration = calibration.part([i * len(calibration) // most for i in range(most)])
+    calibration = calibration.part(spaced(len(calibration), most))
     share = f"{len(calibration)} to calibrate, " if calibrates else ""
     output.note(f"images of {shown.name}: {share}{len(test)} to test")
     about = {"images": shown.name, **({"calibration_images": len(calibration)} if calibrates else {})}
@@ -385,8 +372,5 @@ def _written(out: Path, loaded: Model) -> str:
 
 
 def _left(changes: Changes) -> str:
-    reasons: dict[str, list[str]] = defaultdict(list)
-    for name, why in changes.left.items():
-        reasons[why].append(name or "the model")
-    said = [f"{len(names)} left ({names[0]}{' …' if len(names) > 1 else ''}: {why})" for why, names in reasons.items()]
-    return "".join(f"; {each}" for each in said)
+    reasons = output.by_reason({name or "the model": why for name, why in changes.left.items()})
+    return "".join(f"; {len(names)} left ({output.first(names)}: {why})" for why, names in reasons.items())

@@ -144,6 +144,26 @@ def plural(count: int, noun: str) -> str:
     return f"{count:,} {noun}" + ("" if count == 1 else "s")
 
 
+def by_reason(left: Mapping[str, str]) -> dict[str, list[str]]:
+    """Why -> the names of what was left for it.
+
+    >>> by_reason({"a": "too small", "b": "no data", "c": "too small"})
+    {'too small': ['a', 'c'], 'no data': ['b']}
+    """
+    reasons: dict[str, list[str]] = {}
+    for name, why in left.items():
+        reasons.setdefault(why, []).append(name)
+    return reasons
+
+
+def first(names: Sequence[str]) -> str:
+    """
+    >>> first(["a"]), first(["a", "c"])
+    ('a', 'a …')
+    """
+    return names[0] + (" …" if len(names) > 1 else "")
+
+
 def cell(value: Any) -> str:
     """Any value of a table in one line."""
     if value is None:

@@ -219,7 +219,7 @@ def _cut(channels: int, size: tuple[int, int], limit: int) -> Probe:
         for top in _starts(picture.height, side)
         for left in _starts(picture.width, side)
     ]
-    chosen = [crops[i] for i in _spaced(len(crops), limit)]
+    chosen = [crops[i] for i in spaced(len(crops), limit)]
     names = tuple(f"{path.name} {box[2] - box[0]}x{box[3] - box[1]}+{box[0]}+{box[1]}" for path, box in chosen)
     return Probe("photos", torch.stack([_tensor(opened[path], channels, size, box) for path, box in chosen]), names)
 
@@ -253,7 +253,7 @@ def _folder(folder: Path, channels: int, size: tuple[int, int], limit: int) -> P
             f"{folder}: there is no such folder of images; expected one, or one of photos, {', '.join(SETS)}"
         )
     files = list(_files(folder))
-    files = [files[i] for i in _spaced(len(files), limit)]
+    files = [files[i] for i in spaced(len(files), limit)]
     if not files:
         raise ModelError(f"{folder} holds no images ({', '.join(SUFFIXES)}), in itself or its subfolders")
     kinds = [file.relative_to(folder).parts[0] if file.parent != folder else "" for file in files]
@@ -268,7 +268,8 @@ def _files(folder: Path) -> Iterator[Path]:
     yield from sorted(p for p in folder.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file())
 
 
-def _spaced(count: int, limit: int) -> list[int]:
+def spaced(count: int, limit: int) -> list[int]:
+    """So many of `count` places at most, evenly spaced."""
     return list(range(count)) if count <= limit else [i * count // limit for i in range(limit)]
 
 
