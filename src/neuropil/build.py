@@ -139,11 +139,9 @@ def _see(
     from neuropil.ablation import Ablation, classifies
     from neuropil.atlas import Atlas
     from neuropil.data.probes import stored_digest
-    from neuropil.models.pictures import as_images
     from neuropil.vision import EXEMPLAR_TYPES, Activity, Exemplars
 
-    if model.image_input is None:
-        model.image_input = as_images(model.skeleton)
+    model.image_input = model.takes_images
     shown = probe_for(model, images)
     with Atlas.create(path, model) as atlas:
         activity = Activity(model, shown)
@@ -217,11 +215,10 @@ def probe_for(model: Model, images: str | Path | Probe | None) -> Probe:
     """
     from neuropil.data import Probe
     from neuropil.data.probes import natural, probe
-    from neuropil.models.pictures import as_images
 
     if isinstance(images, Probe):
         return images
-    wanted = model.image_input or as_images(model.skeleton)
+    wanted = model.takes_images
     if wanted is None:
         raise ModelError(f"{model.name} ({model.architecture}) takes no images; leave images out (--images)")
     source = images or ("fashion-mnist" if wanted.channels == 1 else "photos")
@@ -237,9 +234,8 @@ def kept_probe(path: str | Path, model: Model) -> tuple[Probe, bool]:
     """
     from neuropil.atlas import Atlas
     from neuropil.data.probes import kept, natural
-    from neuropil.models.pictures import as_images
 
-    wanted = model.image_input or as_images(model.skeleton)
+    wanted = model.takes_images
     if wanted is None:
         raise ModelError(f"{model.name} ({model.architecture}) takes no images")
     with Atlas.open(path) as atlas:

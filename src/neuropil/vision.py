@@ -1,8 +1,8 @@
 """What the neurons of a vision model do on a set of images: the columns of its atlas.
 
 There is no vocabulary to read a neuron by. So a probe of images (`neuropil.data.probe`) is shown to the model, and of
-each neuron is told how it answers (`Activity`), which images and regions drive it (`exemplar_columns`, the first step
-of MILAN), and what the model loses without it (`Ablation`).
+each neuron is told how it answers (`Activity`) and which images and regions drive it (`Exemplars`, the first step of
+MILAN). What the model loses without it is told by `neuropil.ablation`.
 
 >>> import torch
 >>> from torch import nn
@@ -67,9 +67,7 @@ class Prepared:
 
 def prepared(model: Model, images: Probe) -> ImageInput:
     """How the model takes these images. Raises ModelError for a model that takes none, or others."""
-    from neuropil.models.pictures import as_images
-
-    found = model.image_input or as_images(model.skeleton)
+    found = model.takes_images
     size = (int(images.pixels.shape[2]), int(images.pixels.shape[3]))
     if found is None:
         raise ModelError(f"{model.name} ({model.architecture}) takes no images, so it cannot be probed with any")
@@ -237,7 +235,7 @@ class Exemplars:
 
     def columns(self, site: Site, dead: Sequence[bool] | None = None) -> dict[str, Any]:
         """The columns of one site; of its dead neurons no image tells more than another, and their lists are empty."""
-        held = self.found(site).compact(SIDE)
+        held = self._regions(site).compact(SIDE)
         lists = {
             "exemplar_images": held["image_ids"].tolist(),
             "exemplar_values": held["values"].tolist(),
@@ -249,12 +247,16 @@ class Exemplars:
         return {"threshold": held["threshold"], **lists}
 
     def found(self, site: Site) -> ExemplarSet:
-        """The exemplars of one site with their pictures; the following sites are looked at in the same pass."""
-        if site.name not in self._kept:
-            self._kept = self._pass(_group(self._run.model.sites[site.number :], self._numbers))
-        held = self._kept.pop(site.name)
+        """The exemplars of one site with their pictures."""
+        held = self._regions(site)
         shown = held.image_ids.unique()
         return replace(held, stored_ids=shown, stored=self._run.images.pixels[shown])
+
+    def _regions(self, site: Site) -> ExemplarSet:
+        """Without pictures; the following sites are looked at in the same pass."""
+        if site.name not in self._kept:
+            self._kept = self._pass(_group(self._run.model.sites[site.number :], self._numbers))
+        return self._kept.pop(site.name)
 
     def _pass(self, sites: list[Site]) -> dict[str, ExemplarSet]:
         from neuropil.interpret.milan import regions

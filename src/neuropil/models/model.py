@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from neuropil.errors import ModelError, NoNeurons
 from neuropil.models import trace as tracing
 from neuropil.models import vocabulary
-from neuropil.models.pictures import ImageInput, image_input
+from neuropil.models.pictures import ImageInput, as_images, image_input
 from neuropil.models.skeleton import Reader, quiet, ties
 from neuropil.models.stores import Store
 from neuropil.neurons import Site, find_sites
@@ -82,6 +82,15 @@ class Model:
     @cached_property
     def image_input(self) -> ImageInput | None:
         return image_input(self.skeleton, self.path)
+
+    @property
+    def takes_images(self) -> ImageInput | None:
+        """How it takes images, if need be as a network of linear maps that reads them as rows of numbers."""
+        return self.image_input or self._as_images
+
+    @cached_property
+    def _as_images(self) -> ImageInput | None:
+        return as_images(self.skeleton)
 
     @cached_property
     def parameters(self) -> int:
