@@ -9,6 +9,7 @@ python docs/vision.py FASHION EFFICIENTNET
 
 from __future__ import annotations
 
+import io
 import json
 import subprocess
 import sys
@@ -16,13 +17,15 @@ from pathlib import Path
 
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.image import imread
 from scipy.stats import spearmanr
 
 from neuropil import Atlas
-from neuropil.data.probes import _decoded, stored
+from neuropil.data.probes import stored
+from neuropil.explorer import pictures
 
 HERE = Path(__file__).parent
-SHOWN, SIDE = 5, 14  # exemplars of a neuron in a figure; cells of a mask
+SHOWN = 5  # exemplars of a neuron in a figure
 LAYERS = """
 SELECT site, any_value(module) AS module, count(*) AS neurons, count(*) FILTER (dead) AS dead,
     100 * avg(sparsity) AS sparsity, count(ablation) AS silenced, avg(ablation) AS mean, max(ablation) AS most
@@ -233,11 +236,7 @@ def exemplars(atlas: Atlas, each: int, every: int = 1) -> Figure:
     panels = figure.subplots(len(rows), SHOWN, squeeze=False)
     for line, row in zip(panels, rows, strict=True):
         for panel, image, mask in zip(line, row["exemplar_images"], row["exemplar_masks"], strict=False):
-            picture = _decoded(probe["png"][image].as_py()).movedim(0, -1).numpy() / 255
-            region = np.array([int(digit, 16) for digit in mask]).reshape(SIDE, SIDE) / 15
-            side = [np.arange(n) * SIDE // n for n in picture.shape[:2]]
-            lit = 0.35 + 0.65 * np.minimum(2 * region, 1)[side[0]][:, side[1], None]
-            panel.imshow((picture * lit).repeat(3 // picture.shape[2], 2), vmin=0, vmax=1)
+            panel.imshow(imread(io.BytesIO(pictures.lit(probe["png"][image].as_py(), mask))), cmap="gray")
             panel.set_xticks([])
             panel.set_yticks([])
         name = f"{row['neuron']}  {row['module']}"
